@@ -1,0 +1,35 @@
+#include "common/op.h"
+
+DF_SCHEMAS(m) {
+  // sigmoid_scale: 0 = beta is given, else beta = sigmoid_scale * sigmoid(beta)
+  // A_log given: g is the pre-activation a, g = -exp(A_log) softplus(a + dt_bias)
+  m.def(
+      "gated_delta_fwd(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_state,"
+      " Tensor? cu_seqlens, Tensor? A_log, Tensor? dt_bias, float scale, bool l2norm,"
+      " float sigmoid_scale, bool state_v_first, int chunk_size, bool output_final_state)"
+      " -> (Tensor o, Tensor final_state)");
+  m.def(
+      "gated_delta_bwd(Tensor d_o, Tensor? d_final_state, Tensor q, Tensor k, Tensor v, Tensor g,"
+      " Tensor beta, Tensor? initial_state, Tensor? cu_seqlens, Tensor? A_log, Tensor? dt_bias,"
+      " float scale, bool l2norm, float sigmoid_scale, bool state_v_first, int chunk_size)"
+      " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dbeta, Tensor d_initial_state,"
+      " Tensor dA_log, Tensor ddt_bias)");
+  // per token; gk [B,T,HV,K] and gv [B,T,HV,V] decay channels, beta may be [B,T,HV,V]
+  m.def(
+      "gated_delta_recurrent_fwd(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? gk, Tensor? gv,"
+      " Tensor? beta, Tensor? initial_state, Tensor? cu_seqlens, Tensor? A_log, Tensor? dt_bias,"
+      " float scale, bool l2norm, float sigmoid_scale, bool state_v_first,"
+      " bool output_final_state) -> (Tensor o, Tensor final_state)");
+  m.def(
+      "gated_delta_recurrent_bwd(Tensor d_o, Tensor? d_final_state, Tensor q, Tensor k, Tensor v,"
+      " Tensor? g, Tensor? beta, Tensor? initial_state, Tensor? cu_seqlens, Tensor? A_log,"
+      " Tensor? dt_bias, float scale, bool l2norm, float sigmoid_scale, bool state_v_first)"
+      " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dbeta, Tensor d_initial_state,"
+      " Tensor dA_log, Tensor ddt_bias)");
+  // in place on a pool of states; snapshots [B,T,...state] receive the state after each token
+  m.def(
+      "gated_delta_decode(Tensor q, Tensor k, Tensor v, Tensor(a!) state, Tensor A_log, Tensor a,"
+      " Tensor? dt_bias, Tensor b, float scale, Tensor(b!) output, bool l2norm,"
+      " Tensor? state_indices, Tensor? output_state_indices, bool state_v_first,"
+      " Tensor(c!)? snapshots) -> ()");
+}

@@ -1,0 +1,113 @@
+"""Devices and the emulator. A test that takes `device` runs on cpu, cuda and cuda-emulated."""
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+# the compile caches do not notice a changed register_autograd
+os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from deltafuse import _library  # noqa: E402
+
+EMULATED = Path(__file__).parent.parent / "build" / "emulated"
+EMULATED_ARCHS = ("sm80", "sm90a")
+
+
+@pytest.fixture(scope="session")
+def emulator():
+    """cuemu's runtime, with every test library that was built."""
+    paths = {arch: EMULATED / f"libdeltafuse_emulated_{arch}.so" for arch in EMULATED_ARCHS}
+    if not all(path.exists() for path in paths.values()):
+        pytest.skip("no emulated build (make emulated)")
+    sys.path.insert(0, str(EMULATED))
+    import cuemu
+
+    runtime = cuemu.Emulator(EMULATED / "libcudart.so.13")
+    for arch, path in paths.items():
+        _library.load_emulated(path, arch)
+    return runtime
+
+
+@pytest.fixture(params=EMULATED_ARCHS)
+def emulated(request, emulator):
+    """Operators run their CUDA kernels on CPU tensors; a failed launch fails the test."""
+    with _library.use(f"cuda-emulated-{request.param}"):
+        yield emulator
+    emulator.check()
+
+
+@pytest.fixture
+def emulated_with(emulated):
+    """with emulated_with(race=True): the settings of cuemu, within the block."""
+
+    @contextlib.contextmanager
+    def settings(**values):
+        emulated.configure(**values)
+        try:
+            yield emulated
+        finally:
+            for name in values:
+                del os.environ["CUEMU_" + name.upper()]
+            emulated.configure()
+
+    return settings
+
+
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.cuda),
+    *(
+        pytest.param(f"cuda-emulated-{arch}", marks=pytest.mark.emulated)
+        for arch in EMULATED_ARCHS
+    ),
+]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    """Where the tensors are; "cuda-emulated-..." is CPU tensors and another library."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    if request.param.startswith("cuda-emulated"):
+        emulator = request.getfixturevalue("emulator")
+        with _library.use(request.param):
+            yield "cpu"
+        emulator.check()
+    else:
+        yield request.param
+
+
+@pytest.fixture(params=["scalar", "avx2", "avx512"])
+def cpu_isa(request):
+    """The CPU kernels of one instruction set; skipped where the CPU lacks it."""
+    if _library._C is None:
+        pytest.skip("no pybind11 module for this Python")
+    before = _library._C.cpu_isa()
+    if not _library._C.set_cpu_isa(request.param):
+        pytest.skip(f"this CPU lacks {request.param}")
+    yield request.param
+    _library._C.set_cpu_isa(before)
+
+
+@pytest.fixture
+def threads():
+    """threads(n) sets the thread count; the one before comes back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def nan_filled_memory():
+    """New tensors hold NaN, those allocated in C++ included: a kernel that skips one is seen."""
+    mode = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), mode.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    mode.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    mode.fill_uninitialized_memory = before[1]
