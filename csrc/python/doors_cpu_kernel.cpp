@@ -20,7 +20,7 @@ template <class T>
 void map(DoorFn fn, const T* x, T* y, int64_t n) {
   for (int64_t i = 0; i < n; i += kLanes<T>) {
     Vec<T> v{};
-    const int64_t bytes = (n - i < kLanes<T> ? n - i : kLanes<T>) * int64_t(sizeof(T));
+    const int64_t bytes = (n - i < kLanes<T> ? n - i : kLanes<T>)*int64_t(sizeof(T));
     __builtin_memcpy(&v, x + i, bytes);
     v = apply<T>(fn, v);
     __builtin_memcpy(y + i, &v, bytes);

@@ -32,43 +32,77 @@ template <class U, class F>
 inline U float_to_f16(F x) {
   const U u = bit_cast<U>(x), sign = (u >> 16) & 0x8000, a = u & 0x7fffffff;
   const U normal = (a - 0x38000000 + 0xfff + ((a >> 13) & 1)) >> 13;
-  // below 2^-14 the sum with 0.5 leaves the mantissa, rounded by the addition itself, in the low bits
+  // below 2^-14 the sum with 0.5 leaves the mantissa, rounded by the addition itself, in the low
+  // bits
   const U subnormal = bit_cast<U>(F(bit_cast<F>(a) + 0.5f)) - 0x3f000000;
   const U finite = a < 0x38800000 ? subnormal : normal;
-  const U overflow = a > 0x7f800000 ? U((a >> 13) | 0x7e00) & U(a | 0x7fff) & 0x7fff : U(a & 0) + 0x7c00;
+  const U overflow =
+      a > 0x7f800000 ? U((a >> 13) | 0x7e00) & U(a | 0x7fff) & 0x7fff : U(a & 0) + 0x7c00;
   return sign | (a >= 0x477ff000 ? overflow : finite);
 }
 
-inline float to_compute(float x) { return x; }
-inline double to_compute(double x) { return x; }
-inline float to_compute(bf16 x) { return bf16_to_float<float>(uint32_t(x.bits)); }
-inline float to_compute(f16 x) { return f16_to_float<float>(uint32_t(x.bits)); }
+inline float to_compute(float x) {
+  return x;
+}
+inline double to_compute(double x) {
+  return x;
+}
+inline float to_compute(bf16 x) {
+  return bf16_to_float<float>(uint32_t(x.bits));
+}
+inline float to_compute(f16 x) {
+  return f16_to_float<float>(uint32_t(x.bits));
+}
 
-inline void from_compute(float x, float* out) { *out = x; }
-inline void from_compute(double x, double* out) { *out = x; }
-inline void from_compute(float x, bf16* out) { out->bits = float_to_bf16<uint32_t>(x); }
-inline void from_compute(float x, f16* out) { out->bits = float_to_f16<uint32_t>(x); }
+inline void from_compute(float x, float* out) {
+  *out = x;
+}
+inline void from_compute(double x, double* out) {
+  *out = x;
+}
+inline void from_compute(float x, bf16* out) {
+  out->bits = float_to_bf16<uint32_t>(x);
+}
+inline void from_compute(float x, f16* out) {
+  out->bits = float_to_f16<uint32_t>(x);
+}
 
-inline Vec<float> load_compute(const float* p) { return load(p); }
-inline Vec<double> load_compute(const double* p) { return load(p); }
+inline Vec<float> load_compute(const float* p) {
+  return load(p);
+}
+inline Vec<double> load_compute(const double* p) {
+  return load(p);
+}
 template <class Half>
 inline U32 load_bits(const Half* p) {
   U16Half h;
   __builtin_memcpy(&h, p, sizeof(h));
   return __builtin_convertvector(h, U32);
 }
-inline Vec<float> load_compute(const bf16* p) { return bf16_to_float<Vec<float>>(load_bits(p)); }
-inline Vec<float> load_compute(const f16* p) { return f16_to_float<Vec<float>>(load_bits(p)); }
+inline Vec<float> load_compute(const bf16* p) {
+  return bf16_to_float<Vec<float>>(load_bits(p));
+}
+inline Vec<float> load_compute(const f16* p) {
+  return f16_to_float<Vec<float>>(load_bits(p));
+}
 
 template <class Half>
 inline void store_bits(U32 u, Half* p) {
   const U16Half h = __builtin_convertvector(u, U16Half);
   __builtin_memcpy(p, &h, sizeof(h));
 }
-inline void store_compute(Vec<float> x, float* p) { store(p, x); }
-inline void store_compute(Vec<double> x, double* p) { store(p, x); }
-inline void store_compute(Vec<float> x, bf16* p) { store_bits(float_to_bf16<U32>(x), p); }
-inline void store_compute(Vec<float> x, f16* p) { store_bits(float_to_f16<U32>(x), p); }
+inline void store_compute(Vec<float> x, float* p) {
+  store(p, x);
+}
+inline void store_compute(Vec<double> x, double* p) {
+  store(p, x);
+}
+inline void store_compute(Vec<float> x, bf16* p) {
+  store_bits(float_to_bf16<U32>(x), p);
+}
+inline void store_compute(Vec<float> x, f16* p) {
+  store_bits(float_to_f16<U32>(x), p);
+}
 
 // n elements, n arbitrary; reads and writes nothing beyond them.
 template <class T, class E>

@@ -95,4 +95,16 @@ inline void gemm(int64_t m, int64_t n, int64_t k, Strided<T> a, const T* b, int6
     detail::rows<T, into>(left, n, last - first, block, b + first * ldb, ldb, c + i * ldc, ldc);
   }
 }
+
+// The lower triangle of C[m, m] = A[m, k] B[k, m], diagonal included; right of it C is written up
+// to the next whole vector or not at all.
+template <class T>
+inline void gemm_lower(int64_t m, int64_t k, Strided<T> a, const T* b, int64_t ldb, T* c,
+                       int64_t ldc) {
+  for (int64_t i = 0; i < m; i += kGemmRows) {
+    const int left = int(m - i < kGemmRows ? m - i : kGemmRows);
+    const Strided<T> block{a.data + i * a.row, a.row, a.col};
+    detail::rows<T, Into::set>(left, round_up<T>(i + left), k, block, b, ldb, c + i * ldc, ldc);
+  }
+}
 }  // namespace df::cpu::DF_ISA

@@ -1,8 +1,8 @@
 // Elementary functions on vectors of float and double. Largest error measured against float64
 // (mpmath for double) over the domain: see tests/test_common.py for the enforced bounds.
-//   exp       float 1.5 ulp, double 2 ulp; 0 below the least subnormal, inf above the largest number
-//   log       float 2 ulp, double 2 ulp; normal positive arguments; log(0) = -inf
-//   sigmoid, silu, softplus   float 4 ulp, double 4 ulp; softplus(x) = x above 20
+//   exp       float 1.5 ulp, double 2 ulp; 0 below the least subnormal, inf above the largest
+//   number log       float 2 ulp, double 2 ulp; normal positive arguments; log(0) = -inf sigmoid,
+//   silu, softplus   float 4 ulp, double 4 ulp; softplus(x) = x above 20
 // NaN in, NaN out.
 #pragma once
 #include "common/cpu/vec.h"

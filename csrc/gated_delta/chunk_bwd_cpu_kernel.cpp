@@ -1,0 +1,156 @@
+// Backward of the chunk form (gated_delta.md, 2.4 and the rectangle form of dg, 2.5). One task =
+// one q/k head of one sequence with all its value heads, so that dq and dk need no reduction.
+//
+// States are recomputed: a sweep forward keeps S at the first chunk of every segment; then, from
+// the last segment to the first, the segment's chunks are run again, keeping what `Saved` names,
+// and walked backwards. A segment is the whole sequence while that stays below kSavedBytes a
+// worker.
+#include "gated_delta/chunk_grads.h"
+
+namespace df::cpu::DF_ISA {
+namespace {
+constexpr int64_t kSavedBytes = 64 << 20, kSegment = 16;
+
+template <class T>
+int64_t saved_elements(const ChunkShape& s) {
+  const int64_t ldv = round_up<T>(s.V), ldc = round_up<T>(s.C);
+  return round_up<T>(s.K) * ldv + 2 * ldc * ldv + s.C * ldc;
+}
+
+// Chunks a segment, and segments of the longest sequence.
+template <class T>
+struct Plan {
+  int64_t chunks, segments;
+  Plan(const ChunkShape& s, int64_t longest) {
+    const int64_t all = (longest + s.C - 1) / s.C;
+    const int64_t bytes = all * s.group() * saved_elements<T>(s) * int64_t(sizeof(T));
+    chunks = bytes <= kSavedBytes ? (all ? all : 1) : kSegment;
+    segments = (all + chunks - 1) / chunks;
+  }
+};
+
+template <class T>
+struct Worker {
+  const ChunkBwdArgs& p;
+  const ChunkInputs& in;
+  const ChunkShape& s;
+  Plan<T> plan;
+  int64_t ldk, ldv, state;
+  KeyPanels<T> keys;
+  GradPanels<T> b;
+  T *checkpoints, *saved;
+  Sequence seq;
+  ChunkTask task;
+
+  Worker(Arena& a, const ChunkBwdArgs& p, int64_t longest)
+      : p(p),
+        in(p.in),
+        s(p.in.shape),
+        plan(s, longest),
+        ldk(round_up<T>(s.K)),
+        ldv(round_up<T>(s.V)),
+        state(ldk * ldv),
+        keys(a, s),
+        b(a, s) {
+    checkpoints = a.take<T>(plan.segments * s.group() * state);
+    saved = a.take<T>(plan.chunks * s.group() * saved_elements<T>(s));
+  }
+
+  Saved<T> slot(int64_t chunk_in_segment, int64_t head) const {
+    T* at = saved + (chunk_in_segment * s.group() + head) * saved_elements<T>(s);
+    const int64_t panel = round_up<T>(s.C) * ldv;
+    return {at, at + state, at + state + panel, at + state + 2 * panel};
+  }
+
+  int64_t rows(int64_t chunk) const {
+    const int64_t left = seq.end - seq.begin - chunk * s.C;
+    return left < s.C ? left : s.C;
+  }
+
+  // Chunks [first, last) from the states in b.states; keeps their `Saved` if asked.
+  void sweep(int64_t first, int64_t last, bool keep) {
+    for (int64_t c = first; c < last; ++c) {
+      const int64_t begin = seq.begin + c * s.C, n = rows(c);
+      keys.load(in, seq.batch, begin, task.first / s.group(), n, false);
+      for (int64_t h = 0; h < s.group(); ++h) {
+        T* S = b.states + h * state;
+        const Saved<T> to = keep ? slot(c - first, h) : slot(0, h);
+        if (keep) __builtin_memcpy(to.S, S, state * sizeof(T));
+        b.t.load(in, seq.batch, begin, task.first + h, n);
+        load_panel(in.v, seq.batch, begin, task.first + h, n, s.V, 0, b.v, ldv);
+        lower_product<true, T>(b.t.decay, keys.kk, nullptr, 1, n, keys.ldc, b.L);
+        invert(b.L, b.t.beta, n, keys.ldc, to.inverse);
+        errors(in, keys, b.t, to.inverse, b.v, S, n, ldv, to.ks, b.w, to.e);
+        scale_rows(to.e, b.t.beta, T(1), n, ldv, b.w);
+        advance(in, keys, b.t, b.w, n, ldv, b.du, S);
+      }
+    }
+  }
+
+  void walk_back(int64_t first, int64_t last) {
+    for (int64_t c = last - 1; c >= first; --c) {
+      const int64_t begin = seq.begin + c * s.C, n = rows(c);
+      keys.load(in, seq.batch, begin, task.first / s.group(), n, true);
+      __builtin_memset(b.dq, 0, n * ldk * sizeof(T));
+      __builtin_memset(b.dk, 0, n * ldk * sizeof(T));
+      for (int64_t h = 0; h < s.group(); ++h)
+        head_gradients(p, keys, b, slot(c - first, h), b.dstates + h * state, seq.batch, begin,
+                       task.first + h, n, b.sums + 2 * h);
+      key_gradients(p, keys, b, seq.batch, begin, task.first / s.group(), n);
+    }
+  }
+
+  void run(const ChunkTask& work) {
+    task = work, seq = in.sequences[work.sequence];
+    const int64_t chunks = (seq.end - seq.begin + s.C - 1) / s.C, G = s.group();
+    const int64_t segments = (chunks + plan.chunks - 1) / plan.chunks;
+    for (int64_t h = 0; h < G; ++h) {
+      const int64_t index = task.sequence * s.HV + task.first + h;
+      load_state(in, in.initial_state, index, 0, s.V, b.states + h * state, ldv);
+      load_state(in, p.d_final_state, index, 0, s.V, b.dstates + h * state, ldv);
+      b.sums[2 * h] = b.sums[2 * h + 1] = 0;
+    }
+    const auto last = [&](int64_t segment) {
+      const int64_t end = (segment + 1) * plan.chunks;
+      return end < chunks ? end : chunks;
+    };
+    for (int64_t i = 0; i < segments; ++i) {
+      __builtin_memcpy(checkpoints + i * G * state, b.states, G * state * sizeof(T));
+      if (i + 1 < segments) sweep(i * plan.chunks, last(i), false);
+    }
+    for (int64_t i = segments - 1; i >= 0; --i) {
+      __builtin_memcpy(b.states, checkpoints + i * G * state, G * state * sizeof(T));
+      sweep(i * plan.chunks, last(i), true);
+      walk_back(i * plan.chunks, last(i));
+    }
+    for (int64_t h = 0; h < G; ++h) {
+      const int64_t index = task.sequence * s.HV + task.first + h;
+      if (p.d_initial_state)
+        store_state(in, b.dstates + h * state, ldv, index, 0, s.V, p.d_initial_state);
+      if (p.dA_log) p.dA_log[index] = b.sums[2 * h];
+      if (p.ddt_bias) p.ddt_bias[index] = b.sums[2 * h + 1];
+    }
+  }
+};
+
+template <class T>
+void run(const ChunkBwdArgs& p, int64_t longest, const ChunkTask& task, void* scratch) {
+  Arena arena{static_cast<char*>(scratch)};
+  Worker<T>(arena, p, longest).run(task);
+}
+}  // namespace
+
+void chunk_bwd_scratch(const ChunkBwdArgs& p, int64_t longest, int64_t* bytes) {
+  Arena arena{nullptr};
+  if (p.in.q.dtype == DType::f64)
+    Worker<double>(arena, p, longest);
+  else
+    Worker<float>(arena, p, longest);
+  *bytes = arena.used;
+}
+
+void chunk_bwd(const ChunkBwdArgs& p, int64_t longest, const ChunkTask& task, void* scratch) {
+  p.in.q.dtype == DType::f64 ? run<double>(p, longest, task, scratch)
+                             : run<float>(p, longest, task, scratch);
+}
+}  // namespace df::cpu::DF_ISA

@@ -1,0 +1,233 @@
+// What the forward and the backward of a chunk share: panels of q^, k^, v in the compute type, and
+// the per-token tables of one value head. Included by kernel files only (per instruction set).
+// A panel row has whole vectors; padding columns hold zeros, rows beyond the chunk anything finite.
+#pragma once
+#include "common/cpu/convert.h"
+#include "common/cpu/gemm.h"
+#include "common/cpu/math.h"
+#include "common/cpu/transpose.h"
+#include "gated_delta/chunk.h"
+#include "gated_delta/preact.h"
+
+namespace df::cpu::DF_ISA {
+namespace {
+// Hands out 64-byte aligned pieces of a zeroed block, or only counts them (base = null).
+struct Arena {
+  char* base;
+  int64_t used = 0;
+  template <class T>
+  T* take(int64_t n) {
+    T* p = reinterpret_cast<T*>(base + used);
+    used += (n * int64_t(sizeof(T)) + 63) / 64 * 64;
+    return p;
+  }
+};
+
+template <class T>
+inline void scale_row(T* row, T x, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes<T>) store(row + i, load(row + i) * x);
+}
+
+// to[i] = row `begin + i` of a tensor, for one head.
+template <class T>
+void load_panel(const Input& x, int64_t batch, int64_t begin, int64_t head, int64_t rows, int64_t n,
+                int64_t column, T* to, int64_t ld) {
+  dispatch(x.dtype, [&](auto tag) {
+    using E = typename decltype(tag)::type;
+    if constexpr (std::is_same_v<Compute<E>, T>) {
+      const E* from = static_cast<const E*>(x.data) + column;
+      for (int64_t i = 0; i < rows; ++i)
+        load_row(from + x.at(batch, begin + i, head), to + i * ld, n);
+    }
+  });
+}
+
+inline double scalar(const void* data, DType dtype, int64_t i) {
+  double x = 0;
+  dispatch(dtype, [&](auto tag) {
+    x = to_compute(static_cast<const typename decltype(tag)::type*>(data)[i]);
+  });
+  return x;
+}
+inline double scalar(const Dense& x, int64_t i) {  // 0 where there is none
+  return x.data ? scalar(x.data, x.dtype, i) : 0;
+}
+inline double scalar(const Input& x, int64_t batch, int64_t token, int64_t head) {
+  return scalar(x.data, x.dtype, x.at(batch, token, head));
+}
+inline Gate head_gate(const PreActivation& pre, int64_t head) {
+  return make_gate(scalar(pre.A_log, head), scalar(pre.dt_bias, head));
+}
+
+// Rows to unit length; r keeps the factors.
+template <class T>
+void normalize(T* x, int64_t ld, int64_t rows, T* r) {
+  for (int64_t i = 0; i < rows; ++i) {
+    r[i] = inverse_norm(x + i * ld, ld);
+    scale_row(x + i * ld, r[i], ld);
+  }
+}
+
+// q^, k^ and their products, shared by the value heads of a group.
+template <class T>
+struct KeyPanels {
+  T *q, *k, *kT, *qk, *kk, *rq, *rk;
+  int64_t ldk, ldc;
+  KeyPanels(Arena& arena, const ChunkShape& s) : ldk(round_up<T>(s.K)), ldc(round_up<T>(s.C)) {
+    q = arena.take<T>(ldc * ldk), k = arena.take<T>(ldc * ldk), kT = arena.take<T>(ldk * ldc);
+    qk = arena.take<T>(s.C * ldc), kk = arena.take<T>(s.C * ldc);
+    rq = arena.take<T>(s.C), rk = arena.take<T>(s.C);
+  }
+  void load(const ChunkInputs& in, int64_t batch, int64_t begin, int64_t head, int64_t rows,
+            bool with_q) {
+    load_panel(in.k, batch, begin, head, rows, in.shape.K, 0, k, ldk);
+    if (in.l2norm) normalize(k, ldk, rows, rk);
+    transpose(k, ldk, rows, ldk, kT, ldc);
+    gemm_lower(rows, in.shape.K, plain(k, ldk), kT, ldc, kk, ldc);
+    if (!with_q) return;
+    load_panel(in.q, batch, begin, head, rows, in.shape.K, 0, q, ldk);
+    if (in.l2norm) normalize(q, ldk, rows, rq);
+    gemm_lower(rows, in.shape.K, plain(q, ldk), kT, ldc, qk, ldc);
+  }
+};
+
+// Per-token tables of one value head: g, beta, gam_i = e^{G_i}, del_i = e^{G_C - G_i} and the
+// decay matrix Gam_ij = e^{G_i - G_j}, i >= j. G is summed in double; exponents are never positive
+// for g <= 0, and what would be a subnormal factor is 0.
+template <class T>
+struct Tables {
+  T *beta, *gam, *del, *decay, *scratch;
+  double *raw, *g, *G;  // g before and after the fused gate, not clamped; its running sum
+  T chunk_decay;
+  int64_t ldc;
+  Tables(Arena& arena, const ChunkShape& s) : ldc(round_up<T>(s.C)) {
+    beta = arena.take<T>(ldc), gam = arena.take<T>(ldc), del = arena.take<T>(ldc);
+    decay = arena.take<T>(s.C * ldc), scratch = arena.take<T>(ldc);
+    raw = arena.take<double>(s.C), g = arena.take<double>(s.C), G = arena.take<double>(s.C);
+  }
+  void load(const ChunkInputs& in, int64_t batch, int64_t begin, int64_t head, int64_t rows) {
+    const PreActivation& pre = in.pre;
+    const Gate gate_of_head = head_gate(pre, head);
+    double sum = 0;
+    for (int64_t i = 0; i < rows; ++i) {
+      raw[i] = scalar(in.g, batch, begin + i, head);
+      g[i] = pre.A_log.data ? gate(gate_of_head, raw[i]) : raw[i];
+      G[i] = sum += clamp_gate(g[i]);
+      const double b = scalar(in.beta, batch, begin + i, head);
+      beta[i] = T(pre.sigmoid_scale > 0 ? sigmoid_beta(b, pre.sigmoid_scale) : b);
+    }
+    const double last = G[rows - 1];
+    for (int64_t i = 0; i < rows; ++i) gam[i] = T(G[i]), del[i] = T(last - G[i]);
+    decays(gam, rows), decays(del, rows);
+    chunk_decay = gam[rows - 1];
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j <= i; ++j) decay[i * ldc + j] = T(G[i] - G[j]);
+      decays(decay + i * ldc, i + 1);
+    }
+  }
+
+ private:
+  static void decays(T* x, int64_t n) {  // x = e^x; the last vector's tail becomes 0
+    constexpr T kLow = sizeof(T) == 4 ? T(-87) : T(-708);
+    for (int64_t i = n; i < round_up<T>(n); ++i) x[i] = 2 * kLow;
+    for (int64_t i = 0; i < n; i += kLanes<T>) {
+      const Vec<T> v = DF_ISA::load(x + i);
+      store(x + i, v < kLow ? Vec<T>{} : exp<T>(v));
+    }
+  }
+};
+
+// out_ij = decay_ij x_ij factor_j for j <= i (j < i if strict), else 0. Selected, not multiplied by
+// zero: what stands right of the diagonal may be NaN of a later token.
+template <bool strict, class T>
+void lower_product(const T* decay, const T* x, const T* factor, T scale, int64_t rows, int64_t ld,
+                   T* out) {
+  using I = typename Bits<T>::I;
+  Vec<I> lane;
+  for (int l = 0; l < kLanes<T>; ++l) lane[l] = l;
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < ld; j += kLanes<T>) {
+      Vec<T> y{};
+      if (j <= i) {
+        y = load(decay + i * ld + j) * load(x + i * ld + j) * scale;
+        if (factor) y *= load(factor + j);
+        y = lane <= I(i - j - strict) ? y : Vec<T>{};
+      }
+      store(out + i * ld + j, y);
+    }
+}
+
+// T' = (I + L diag(beta))^-1 by forward substitution: row i is e_i - sum_j L_ij beta_j T'_j.
+template <class T>
+void invert(const T* L, const T* beta, int64_t rows, int64_t ld, T* inverse) {
+  constexpr int kMost = 64 / kLanes<T>;  // vectors of the longest row
+  for (int64_t i = 0; i < rows; ++i) {
+    const int vectors = int(i / kLanes<T>) + 1;
+    Vec<T> acc[kMost] = {};
+    for (int64_t j = 0; j < i; ++j) {
+      const Vec<T> x = splat(-L[i * ld + j] * beta[j]);
+      const int used = int(j / kLanes<T>) + 1;
+      for (int w = 0; w < used; ++w) acc[w] += x * load(inverse + j * ld + w * kLanes<T>);
+    }
+    for (int w = 0; w < kMost && w * kLanes<T> < ld; ++w)
+      store(inverse + i * ld + w * kLanes<T>, w < vectors ? acc[w] : Vec<T>{});
+    inverse[i * ld + i] = 1;
+  }
+}
+
+// One state, to or from its place in a tensor; columns [v0, v0 + n).
+template <class T>
+void load_state(const ChunkInputs& in, const State& state, int64_t index, int64_t v0, int64_t n,
+                T* S, int64_t ld) {
+  const int64_t K = in.shape.K, V = in.shape.V, base = index * K * V;
+  if (!state.data) {
+    __builtin_memset(S, 0, K * ld * sizeof(T));
+    return;
+  }
+  dispatch(state.dtype, [&](auto tag) {
+    using E = typename decltype(tag)::type;
+    const E* from = static_cast<const E*>(state.data) + base;
+    for (int64_t a = 0; a < K; ++a)
+      for (int64_t c = 0; c < n; ++c)
+        S[a * ld + c] = T(to_compute(from[in.state_v_first ? (v0 + c) * K + a : a * V + v0 + c]));
+  });
+}
+template <class T>
+void store_state(const ChunkInputs& in, const T* S, int64_t ld, int64_t index, int64_t v0,
+                 int64_t n, void* state) {
+  const int64_t K = in.shape.K, V = in.shape.V;
+  T* to = static_cast<T*>(state) + index * K * V;
+  for (int64_t a = 0; a < K; ++a)
+    for (int64_t c = 0; c < n; ++c)
+      to[in.state_v_first ? (v0 + c) * K + a : a * V + v0 + c] = S[a * ld + c];
+}
+
+// E = T' (V - gam o K S) of one chunk, with KS kept for the backward.
+template <class T>
+void errors(const ChunkInputs& in, const KeyPanels<T>& keys, const Tables<T>& t, const T* inverse,
+            const T* v, const T* S, int64_t rows, int64_t ldv, T* ks, T* w, T* e) {
+  gemm(rows, ldv, in.shape.K, plain(keys.k, keys.ldk), S, ldv, ks, ldv);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t c = 0; c < ldv; c += kLanes<T>)
+      store(w + i * ldv + c, load(v + i * ldv + c) - t.gam[i] * load(ks + i * ldv + c));
+  gemm<Into::set, Shape::lower>(rows, ldv, rows, plain(inverse, keys.ldc), w, ldv, e, ldv);
+}
+
+// to_i = factor_i x_i, by rows.
+template <class T>
+void scale_rows(const T* x, const T* factor, T scale, int64_t rows, int64_t ld, T* to) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t c = 0; c < ld; c += kLanes<T>)
+      store(to + i * ld + c, load(x + i * ld + c) * (factor[i] * scale));
+}
+
+// S <- e^{G_C} S + K^T (del o U); du is scratch for del o U.
+template <class T>
+void advance(const ChunkInputs& in, const KeyPanels<T>& keys, const Tables<T>& t, const T* u,
+             int64_t rows, int64_t ldv, T* du, T* S) {
+  scale_rows(u, t.del, T(1), rows, ldv, du);
+  scale_row(S, t.chunk_decay, in.shape.K * ldv);
+  gemm<Into::add>(in.shape.K, ldv, rows, transposed(keys.k, keys.ldk), du, ldv, S, ldv);
+}
+}  // namespace
+}  // namespace df::cpu::DF_ISA
