@@ -1,8 +1,16 @@
 """deltafuse: fused CPU and CUDA kernels for linear-attention language models."""
 
-from . import _library
+from . import _library, gated_delta
+from .gated_delta import chunk_gated_delta_rule
 
 backend_info = _library.backend_info
 build_info = _library.build_info
 has_cuda = _library.has_cuda
 __version__ = "0.1.0"
+__all__ = [
+    "backend_info",
+    "build_info",
+    "chunk_gated_delta_rule",
+    "gated_delta",
+    "has_cuda",
+]

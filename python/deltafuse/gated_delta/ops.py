@@ -1,0 +1,308 @@
+"""The chunked gated delta rule as an operator: fake kernels, gradient, and the public function."""
+
+import os
+import warnings
+from typing import NamedTuple
+
+import torch
+
+from .. import _library
+from . import reference, segments
+from .validation import (
+    MAX_HEAD,
+    check_choice,
+    check_gate,
+    check_inputs,
+    check_sequences,
+    check_sigmoid,
+    check_states,
+    check_values,
+)
+
+OP = "chunk_gated_delta_rule"
+_debug = os.environ.get("DELTAFUSE_DEBUG", "0") not in ("", "0")
+
+
+class Call(NamedTuple):
+    """The raw operator's arguments but its last, output_final_state; see csrc for the schema."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    g: torch.Tensor
+    beta: torch.Tensor
+    initial_state: torch.Tensor | None
+    cu_seqlens: torch.Tensor | None
+    A_log: torch.Tensor | None
+    dt_bias: torch.Tensor | None
+    scale: float
+    l2norm: bool
+    sigmoid_scale: float
+    state_v_first: bool
+    chunk_size: int
+
+
+def _fwd_fake(*args):
+    call, output_final_state = Call(*args[:-1]), args[-1]
+    N = call.q.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
+    shape = (N, call.v.shape[2], call.q.shape[3], call.v.shape[3])
+    if call.state_v_first:
+        shape = (*shape[:2], shape[3], shape[2])
+    state = call.q.new_empty(
+        shape if output_final_state else (0,), dtype=reference.compute_dtype(call.q)
+    )
+    return call.v.new_empty(call.v.shape), state
+
+
+def _bwd_fake(d_o, d_final_state, *args):
+    call = Call(*args)
+    absent = call.q.new_empty((0,), dtype=reference.compute_dtype(call.q))
+    needed = (*call[:6], call.A_log, call.dt_bias)
+    return tuple(absent if t is None else t.new_empty(t.shape) for t in needed)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:9])
+    ctx.options = inputs[9:-1]
+    ctx.output_final_state = inputs[-1]
+
+
+def _backward(ops, ctx, d_o, d_final_state):
+    call = Call(*ctx.saved_tensors, *ctx.options)
+    if d_o is None:
+        d_o = call.v.new_zeros(call.v.shape)
+    if not ctx.output_final_state:
+        d_final_state = None
+    *grads, dA_log, ddt_bias = ops.gated_delta_bwd(d_o, d_final_state, *call)
+    grads = (*grads, None, dA_log, ddt_bias)
+    needed = ctx.needs_input_grad[:9]
+    options = [None] * (len(ctx.options) + 1)
+    return *(x if need else None for x, need in zip(grads, needed, strict=True)), *options
+
+
+def _no_second_derivative(ops, ctx, *grads):
+    raise RuntimeError(f"{OP}: the gradient of the gradient is not implemented")
+
+
+_library.register("gated_delta_fwd", _fwd_fake, _setup_context, _backward)
+_library.register(
+    "gated_delta_bwd", _bwd_fake, lambda ctx, inputs, output: None, _no_second_derivative
+)
+
+
+def _reference(*args):
+    call, output_final_state = Call(*args[:-1]), args[-1]
+    return reference.naive_chunk_gated_delta_rule(
+        *call[:5],
+        scale=call.scale,
+        initial_state=call.initial_state,
+        output_final_state=output_final_state,
+        use_qk_l2norm_in_kernel=call.l2norm,
+        use_beta_sigmoid_in_kernel=call.sigmoid_scale > 0,
+        allow_neg_eigval=call.sigmoid_scale == 2,
+        state_v_first=call.state_v_first,
+        cu_seqlens=call.cu_seqlens,
+        use_gate_in_kernel=call.A_log is not None,
+        A_log=call.A_log,
+        dt_bias=call.dt_bias,
+        chunk_size=call.chunk_size,
+    )
+
+
+def _run(call, output_final_state):
+    """(o, final state or None) of a checked call, by the kernel or the reference."""
+    op = _library.kernel("gated_delta_fwd", call.q)
+    if op is not None and max(call.q.shape[3], call.v.shape[3]) > MAX_HEAD:
+        # the warnings filter shows it once a caller
+        warnings.warn(
+            f"{OP}: K = {call.q.shape[3]}, V = {call.v.shape[3]} is beyond the kernels' "
+            f"{MAX_HEAD}, using the PyTorch reference",
+            stacklevel=3,
+        )
+        op = None
+    o, final_state = (op or _reference)(*call, output_final_state)
+    return o, final_state if output_final_state else None
+
+
+def chunk_gated_delta_rule(
+    q,
+    k,
+    v,
+    g,
+    beta,
+    scale=None,
+    initial_state=None,
+    output_final_state=False,
+    use_qk_l2norm_in_kernel=False,
+    use_beta_sigmoid_in_kernel=False,
+    allow_neg_eigval=False,
+    state_v_first=False,
+    cu_seqlens=None,
+    cu_seqlens_cpu=None,
+    chunk_indices=None,
+    cp_context=None,
+    *,
+    use_gate_in_kernel=False,
+    A_log=None,
+    dt_bias=None,
+    chunk_size=64,
+    output_state=None,
+    state_indices=None,
+    batch_invariant=None,
+    save_states="auto",
+    precision=None,
+    auto_cp=None,
+    enable_fwd_cp_cache=False,
+    **legacy,
+):
+    """Gated delta rule over whole sequences, in chunks of matrix products; differentiable.
+
+    For each value head, with state S [K, V] (arXiv 2412.06464, equation 10):
+      S~ = exp(g_t) S_{t-1};  S_t = S~ + beta_t k_t (v_t - S~^T k_t)^T;  o_t = scale S_t^T q_t.
+
+    Args:
+        q, k: [B, T, H, K], float32, bfloat16, float16 or float64 (CPU); the last dimension should
+            have stride 1 (else it is copied), other strides are free.
+        v: [B, T, HV, V] of the same dtype; value head h reads key head h // (HV / H). Above
+            K, V = 256 the reference runs, with a warning. Autocast casts q, k and v only.
+        g: log-decay [B, T, HV] in any float dtype; below -88 it counts as -88, -inf is a reset.
+        beta: write strength [B, T, HV] in any float dtype.
+        scale: of the output; None is K^-1/2.
+        initial_state: [N, HV, K, V]; N is B, or the number of packed sequences. None is zero.
+        use_qk_l2norm_in_kernel: normalises q and k: x (sum x^2 + 1e-6)^-1/2.
+        use_beta_sigmoid_in_kernel: beta is a logit; allow_neg_eigval: beta = 2 sigmoid(logit), so
+            that a transition can have eigenvalues down to -1 (arXiv 2411.12537).
+        use_gate_in_kernel: g is the pre-activation: -exp(A_log) softplus(g + dt_bias); A_log [HV],
+            dt_bias [HV] or None.
+        state_v_first: states are [N, HV, V, K].
+        cu_seqlens: offsets [N + 1] of sequences packed along T, int32 or int64, B = 1. Sequences
+            may be empty; tokens after the last offset give o = 0 and zero gradients.
+            cu_seqlens_cpu, its copy on the host, saves auto_cp=True a wait for the device.
+        chunk_size: 16, 32 or 64; it changes speed and rounding only.
+        output_state: receives the final states, in its dtype, and is returned; not differentiable.
+        state_indices: [N] int32 or int64; initial_state and output_state are pools [P, ...] of
+            which sequence n uses row state_indices[n]; -1 starts from zero and writes nothing.
+        auto_cp: True runs each sequence as up to 8 segments side by side, which is exact; False
+            forbids it; None decides, on the CPU against it (heads fill the cores).
+        batch_invariant, save_states ("auto", True, False), precision (None, "fast", "high"):
+            choices of CUDA kernels. The CPU kernel is always batch invariant and deterministic,
+            recomputes the states in backward, and computes in float32 (float64 for float64).
+        chunk_indices, enable_fwd_cp_cache: accepted and without effect.
+
+    Returns:
+        o [B, T, HV, V] in the dtype of q, and the final state (float32; float64 for float64
+        inputs), a fresh tensor, or None unless output_final_state or output_state is given.
+
+    Raises:
+        ValueError: shapes, dtypes or options that do not fit together, named in the message.
+        TypeError: unknown keywords, tensors that are not floating point.
+        NotImplementedError: cp_context (several devices).
+    """
+    state_v_first = _legacy_layout(state_v_first, legacy)
+    if cp_context is not None:
+        raise NotImplementedError(f"{OP}: cp_context (sequences over several devices)")
+    q, k, v = _autocast(q, k, v)
+    check_inputs(OP, q, k, v, g, beta)
+    check_gate(OP, v, use_gate_in_kernel, A_log, dt_bias)
+    sigmoid_scale = check_sigmoid(OP, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    N = check_sequences(OP, q, cu_seqlens)
+    check_states(OP, q, v, N, initial_state, output_state, state_indices, state_v_first)
+    check_choice(OP, "chunk_size", chunk_size, (16, 32, 64))
+    check_choice(OP, "save_states", save_states, ("auto", True, False))
+    check_choice(OP, "precision", precision, (None, "fast", "high"))
+    check_choice(OP, "auto_cp", auto_cp, (None, True, False))
+    if _debug:
+        check_values(OP, g, cu_seqlens, q.shape[1])
+    call = Call(
+        q=q,
+        k=k,
+        v=v,
+        g=_gate_dtype(q, g),
+        beta=_gate_dtype(q, beta),
+        initial_state=_read_states(initial_state, state_indices, reference.compute_dtype(q)),
+        cu_seqlens=cu_seqlens,
+        A_log=A_log,
+        dt_bias=dt_bias,
+        scale=q.shape[3] ** -0.5 if scale is None else scale,
+        l2norm=use_qk_l2norm_in_kernel,
+        sigmoid_scale=sigmoid_scale,
+        state_v_first=state_v_first,
+        chunk_size=chunk_size,
+    )
+    want_state = output_final_state or output_state is not None
+    if auto_cp:
+        o, final_state = segments.run_split(_run, call, want_state, cu_seqlens_cpu)
+    else:
+        o, final_state = _run(call, want_state)
+    if output_state is None:
+        return o, final_state
+    _write_states(output_state, state_indices, final_state)
+    return o, output_state
+
+
+chunk_gdn = chunk_gated_delta_rule
+
+
+def _legacy_layout(state_v_first, legacy):
+    """state_v_first after the keywords of older interfaces; TypeError for any other keyword."""
+    if "head_first" in legacy:
+        raise TypeError(
+            f"{OP}: head_first is not supported, transpose the inputs to [B, T, H, K] instead"
+        )
+    if "transpose_state_layout" in legacy:
+        warnings.warn(
+            f"{OP}: transpose_state_layout is now state_v_first", DeprecationWarning, stacklevel=3
+        )
+        state_v_first = state_v_first or legacy.pop("transpose_state_layout")
+    if legacy:
+        raise TypeError(f"{OP}: unexpected keyword arguments {sorted(legacy)}")
+    return state_v_first
+
+
+def _autocast(*tensors):
+    """Follows autocast, as matrix products do; gates, betas and states keep their precision."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    )
+
+
+def _gate_dtype(q, tensor):
+    """g and beta may have any float dtype; float64 goes with float64 q only."""
+    if (q.dtype == torch.float64) == (tensor.dtype == torch.float64):
+        return tensor
+    return tensor.to(reference.compute_dtype(q))
+
+
+def _read_states(state, indices, dtype):
+    """The N initial states, from a pool if there are indices; row -1 is zero, without NaN."""
+    if state is None:
+        return None
+    if indices is not None:
+        used = (indices >= 0).view(-1, 1, 1, 1)
+        state = torch.where(used, state[indices.clamp(min=0).long()], 0)
+    return state.to(dtype)
+
+
+def _write_states(output, indices, final):
+    """output[indices] = final but for indices of -1, which is known on the device only.
+
+    A row to skip writes what the first other row writes, to the same place, or, if all are to be
+    skipped, the pool's first row to itself: no wait for the device, and a defined result.
+    """
+    final = final.detach().to(output.dtype)
+    with torch.no_grad():
+        if indices is None:
+            output.copy_(final)
+            return
+        if final.shape[0] == 0:
+            return
+        used = indices >= 0
+        first = used.int().argmax()
+        target = torch.where(used, indices, indices[first].clamp(min=0)).long()
+        other = torch.where(used[first], final[first], output[0])
+        output.index_put_((target,), torch.where(used.view(-1, 1, 1, 1), final, other))
