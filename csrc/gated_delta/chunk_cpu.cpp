@@ -1,14 +1,12 @@
 // Host side of the chunk form on the CPU: checks, allocation, tasks, registration.
 #include <algorithm>
-#include <atomic>
-#include <memory>
 
 #include "gated_delta/chunk.h"
-#include "gated_delta/input_host.h"
+#include "gated_delta/host.h"
 
 namespace df::cpu {
 namespace {
-constexpr int64_t kMaxHeadDim = 256, kTileV = 64;
+constexpr int64_t kTileV = 64;
 
 // Keeps alive what ChunkInputs points to.
 struct Inputs {
@@ -40,29 +38,6 @@ struct Inputs {
   }
 };
 
-std::vector<Sequence> sequences_of(const Tensor& q, const OptTensor& cu_seqlens) {
-  std::vector<Sequence> all;
-  if (!cu_seqlens) {
-    for (int64_t b = 0; b < q.size(0); ++b) all.push_back({b, 0, q.size(1)});
-    return all;
-  }
-  const Tensor offsets = torch::stable::contiguous(*cu_seqlens);
-  const bool wide = offsets.scalar_type() == ScalarType::Long;
-  STD_TORCH_CHECK(wide || offsets.scalar_type() == ScalarType::Int,
-                  "gated_delta: cu_seqlens must be int32 or int64");
-  const auto at = [&](int64_t i) {
-    return wide ? static_cast<const int64_t*>(offsets.const_data_ptr())[i]
-                : int64_t(static_cast<const int32_t*>(offsets.const_data_ptr())[i]);
-  };
-  STD_TORCH_CHECK(offsets.numel() > 0 && at(0) == 0, "gated_delta: cu_seqlens must start with 0");
-  for (int64_t i = 1; i < offsets.numel(); ++i) {
-    STD_TORCH_CHECK(at(i - 1) <= at(i) && at(i) <= q.size(1), "gated_delta: cu_seqlens[", i,
-                    "] = ", at(i), " after ", at(i - 1), ", with ", q.size(1), " tokens");
-    all.push_back({0, at(i - 1), at(i)});
-  }
-  return all;
-}
-
 Inputs gather(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
               const Tensor& beta, const OptTensor& initial_state, const OptTensor& cu_seqlens,
               const OptTensor& A_log, const OptTensor& dt_bias, int64_t chunk_size) {
@@ -75,7 +50,7 @@ Inputs gather(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g
             unit_last_stride(v),
             g,
             beta,
-            contiguous(initial_state),
+            readable_state(initial_state, q),
             contiguous(A_log),
             contiguous(dt_bias),
             sequences_of(q, cu_seqlens),
@@ -107,45 +82,13 @@ std::vector<ChunkTask> backward_tasks(const ChunkInputs& in, int64_t sequences) 
   return tasks;
 }
 
-// Workers draw tasks, longest sequence first; each has a zeroed scratch of its own.
-template <class Run>
-void run_tasks(std::vector<ChunkTask> tasks, const std::vector<Sequence>& sequences, int64_t bytes,
-               Run run) {
-  const auto length = [&](const ChunkTask& t) {
-    return sequences[t.sequence].end - sequences[t.sequence].begin;
-  };
-  std::stable_sort(tasks.begin(), tasks.end(), [&](const ChunkTask& a, const ChunkTask& b) {
-    return length(a) > length(b);
-  });
-  const int64_t count = int64_t(tasks.size());
-  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), count);
-  std::atomic<int64_t> next{0};
-  parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t w = begin; w < end; ++w) {
-      std::unique_ptr<void, decltype(&std::free)> block(std::calloc(bytes + 64, 1), &std::free);
-      STD_TORCH_CHECK(block, "gated_delta: no memory for ", bytes, " bytes of scratch");
-      void* scratch = reinterpret_cast<void*>((uintptr_t(block.get()) + 63) & ~uintptr_t(63));
-      for (int64_t i; (i = next.fetch_add(1)) < count;) run(tasks[i], scratch);
-    }
-  });
-}
-
-// Zeroes the tokens behind the last sequence of a contiguous [1,T,...].
-void zero_padding(const Tensor& t, int64_t covered) {
-  if (covered == t.size(1) || t.numel() == 0) return;
-  const int64_t row = t.numel() / t.size(1) * int64_t(t.element_size());
-  std::memset(static_cast<char*>(t.mutable_data_ptr()) + covered * row, 0,
-              (t.size(1) - covered) * row);
-}
-
 std::tuple<Tensor, Tensor> fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
                                const Tensor& beta, const OptTensor& initial_state,
                                const OptTensor& cu_seqlens, const OptTensor& A_log,
                                const OptTensor& dt_bias, double scale, bool l2norm,
                                double sigmoid_scale, bool state_v_first, int64_t chunk_size,
                                bool output_final_state) {
-  const Inputs in =
-      gather(q, k, v, g, beta, initial_state, cu_seqlens, A_log, dt_bias, chunk_size);
+  const Inputs in = gather(q, k, v, g, beta, initial_state, cu_seqlens, A_log, dt_bias, chunk_size);
   const int64_t n = int64_t(in.sequences.size()), HV = v.size(2), K = q.size(3), V = v.size(3);
   const Tensor o = empty(q, {q.size(0), q.size(1), HV, V});
   const ScalarType type = compute_type(q);
@@ -164,15 +107,6 @@ std::tuple<Tensor, Tensor> fwd(const Tensor& q, const Tensor& k, const Tensor& v
   return {o, final_state};
 }
 
-// [HV] from one partial sum a sequence, in their order.
-Tensor sum_over_sequences(const std::vector<double>& partial, const Tensor& like, int64_t HV) {
-  const Tensor total = empty(like, {HV}, ScalarType::Double);
-  double* to = static_cast<double*>(total.mutable_data_ptr());
-  std::fill(to, to + HV, 0.0);
-  for (size_t i = 0; i < partial.size(); ++i) to[i % HV] += partial[i];
-  return torch::stable::to(total, like.scalar_type());
-}
-
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Gradients bwd(const Tensor& d_o_, const OptTensor& d_final_state_, const Tensor& q, const Tensor& k,
@@ -180,10 +114,9 @@ Gradients bwd(const Tensor& d_o_, const OptTensor& d_final_state_, const Tensor&
               const OptTensor& cu_seqlens, const OptTensor& A_log, const OptTensor& dt_bias,
               double scale, bool l2norm, double sigmoid_scale, bool state_v_first,
               int64_t chunk_size) {
-  const Inputs in =
-      gather(q, k, v, g, beta, initial_state, cu_seqlens, A_log, dt_bias, chunk_size);
+  const Inputs in = gather(q, k, v, g, beta, initial_state, cu_seqlens, A_log, dt_bias, chunk_size);
   const Tensor d_o = unit_last_stride(d_o_);
-  const OptTensor d_final_state = contiguous(d_final_state_);
+  const OptTensor d_final_state = readable_state(d_final_state_, q);
   const int64_t n = int64_t(in.sequences.size()), HV = v.size(2), K = q.size(3), V = v.size(3);
   const int64_t B = q.size(0), T = q.size(1);
   const ScalarType type = compute_type(q);

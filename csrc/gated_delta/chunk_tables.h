@@ -2,72 +2,12 @@
 // the per-token tables of one value head. Included by kernel files only (per instruction set).
 // A panel row has whole vectors; padding columns hold zeros, rows beyond the chunk anything finite.
 #pragma once
-#include "common/cpu/convert.h"
 #include "common/cpu/gemm.h"
 #include "common/cpu/math.h"
-#include "common/cpu/transpose.h"
-#include "gated_delta/chunk.h"
-#include "gated_delta/preact.h"
+#include "gated_delta/panels.h"
 
 namespace df::cpu::DF_ISA {
 namespace {
-// Hands out 64-byte aligned pieces of a zeroed block, or only counts them (base = null).
-struct Arena {
-  char* base;
-  int64_t used = 0;
-  template <class T>
-  T* take(int64_t n) {
-    T* p = reinterpret_cast<T*>(base + used);
-    used += (n * int64_t(sizeof(T)) + 63) / 64 * 64;
-    return p;
-  }
-};
-
-template <class T>
-inline void scale_row(T* row, T x, int64_t n) {
-  for (int64_t i = 0; i < n; i += kLanes<T>) store(row + i, load(row + i) * x);
-}
-
-// to[i] = row `begin + i` of a tensor, for one head.
-template <class T>
-void load_panel(const Input& x, int64_t batch, int64_t begin, int64_t head, int64_t rows, int64_t n,
-                int64_t column, T* to, int64_t ld) {
-  dispatch(x.dtype, [&](auto tag) {
-    using E = typename decltype(tag)::type;
-    if constexpr (std::is_same_v<Compute<E>, T>) {
-      const E* from = static_cast<const E*>(x.data) + column;
-      for (int64_t i = 0; i < rows; ++i)
-        load_row(from + x.at(batch, begin + i, head), to + i * ld, n);
-    }
-  });
-}
-
-inline double scalar(const void* data, DType dtype, int64_t i) {
-  double x = 0;
-  dispatch(dtype, [&](auto tag) {
-    x = to_compute(static_cast<const typename decltype(tag)::type*>(data)[i]);
-  });
-  return x;
-}
-inline double scalar(const Dense& x, int64_t i) {  // 0 where there is none
-  return x.data ? scalar(x.data, x.dtype, i) : 0;
-}
-inline double scalar(const Input& x, int64_t batch, int64_t token, int64_t head) {
-  return scalar(x.data, x.dtype, x.at(batch, token, head));
-}
-inline Gate head_gate(const PreActivation& pre, int64_t head) {
-  return make_gate(scalar(pre.A_log, head), scalar(pre.dt_bias, head));
-}
-
-// Rows to unit length; r keeps the factors.
-template <class T>
-void normalize(T* x, int64_t ld, int64_t rows, T* r) {
-  for (int64_t i = 0; i < rows; ++i) {
-    r[i] = inverse_norm(x + i * ld, ld);
-    scale_row(x + i * ld, r[i], ld);
-  }
-}
-
 // q^, k^ and their products, shared by the value heads of a group.
 template <class T>
 struct KeyPanels {
@@ -173,33 +113,6 @@ void invert(const T* L, const T* beta, int64_t rows, int64_t ld, T* inverse) {
       store(inverse + i * ld + w * kLanes<T>, w < vectors ? acc[w] : Vec<T>{});
     inverse[i * ld + i] = 1;
   }
-}
-
-// One state, to or from its place in a tensor; columns [v0, v0 + n).
-template <class T>
-void load_state(const ChunkInputs& in, const State& state, int64_t index, int64_t v0, int64_t n,
-                T* S, int64_t ld) {
-  const int64_t K = in.shape.K, V = in.shape.V, base = index * K * V;
-  if (!state.data) {
-    __builtin_memset(S, 0, K * ld * sizeof(T));
-    return;
-  }
-  dispatch(state.dtype, [&](auto tag) {
-    using E = typename decltype(tag)::type;
-    const E* from = static_cast<const E*>(state.data) + base;
-    for (int64_t a = 0; a < K; ++a)
-      for (int64_t c = 0; c < n; ++c)
-        S[a * ld + c] = T(to_compute(from[in.state_v_first ? (v0 + c) * K + a : a * V + v0 + c]));
-  });
-}
-template <class T>
-void store_state(const ChunkInputs& in, const T* S, int64_t ld, int64_t index, int64_t v0,
-                 int64_t n, void* state) {
-  const int64_t K = in.shape.K, V = in.shape.V;
-  T* to = static_cast<T*>(state) + index * K * V;
-  for (int64_t a = 0; a < K; ++a)
-    for (int64_t c = 0; c < n; ++c)
-      to[in.state_v_first ? (v0 + c) * K + a : a * V + v0 + c] = S[a * ld + c];
 }
 
 // E = T' (V - gam o K S) of one chunk, with KS kept for the backward.
