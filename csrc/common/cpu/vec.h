@@ -37,7 +37,7 @@ inline To bit_cast(const From& from) {
 
 template <class T>
 inline Vec<T> splat(T x) {
-  return Vec<T>{} + x;
+  return x - Vec<T>{};  // folds to a broadcast, as adding zero would not: -0 + 0 = 0
 }
 template <class T>
 inline Vec<T> load(const T* p) {
