@@ -97,22 +97,26 @@ void lower_product(const T* decay, const T* x, const T* factor, T scale, int64_t
     }
 }
 
-// T' = (I + L diag(beta))^-1 by forward substitution: row i is e_i - sum_j L_ij beta_j T'_j.
-template <class T>
+// T' = (I + L diag(beta))^-1 by forward substitution: row i is e_i - sum_j L_ij beta_j T'_j. Rows
+// whose nonzeros fill kVectors vectors are done together, their sums in registers.
+template <class T, int kVectors = 1>
 void invert(const T* L, const T* beta, int64_t rows, int64_t ld, T* inverse) {
-  constexpr int kMost = 64 / kLanes<T>;  // vectors of the longest row
-  for (int64_t i = 0; i < rows; ++i) {
-    const int vectors = int(i / kLanes<T>) + 1;
-    Vec<T> acc[kMost] = {};
+  constexpr int64_t first = (kVectors - 1) * kLanes<T>, last = kVectors * kLanes<T>;
+  for (int64_t i = first; i < last && i < rows; ++i) {
+    Vec<T> sums[kVectors] = {};
     for (int64_t j = 0; j < i; ++j) {
       const Vec<T> x = splat(-L[i * ld + j] * beta[j]);
-      const int used = int(j / kLanes<T>) + 1;
-      for (int w = 0; w < used; ++w) acc[w] += x * load(inverse + j * ld + w * kLanes<T>);
+#pragma GCC unroll 32
+      for (int w = 0; w < kVectors; ++w) sums[w] += x * load(inverse + j * ld + w * kLanes<T>);
     }
-    for (int w = 0; w < kMost && w * kLanes<T> < ld; ++w)
-      store(inverse + i * ld + w * kLanes<T>, w < vectors ? acc[w] : Vec<T>{});
-    inverse[i * ld + i] = 1;
+    T* row = inverse + i * ld;
+#pragma GCC unroll 32
+    for (int w = 0; w < kVectors; ++w) store(row + w * kLanes<T>, sums[w]);
+    for (int64_t j = last; j < ld; ++j) row[j] = 0;
+    row[i] = 1;
   }
+  if constexpr (last < 64)
+    if (last < rows) invert<T, kVectors + 1>(L, beta, rows, ld, inverse);
 }
 
 // E = T' (V - gam o K S) of one chunk, with KS kept for the backward.
