@@ -8,10 +8,10 @@ from pathlib import Path
 # the compile caches do not notice a changed register_autograd
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
-from deltafuse import _library  # noqa: E402
+from deltafuse import _library
 
 EMULATED = Path(__file__).parent.parent / "build" / "emulated"
 EMULATED_ARCHS = ("sm80", "sm90a")
@@ -60,10 +60,7 @@ def emulated_with(emulated):
 DEVICES = [
     "cpu",
     pytest.param("cuda", marks=pytest.mark.cuda),
-    *(
-        pytest.param(f"cuda-emulated-{arch}", marks=pytest.mark.emulated)
-        for arch in EMULATED_ARCHS
-    ),
+    *(pytest.param(f"cuda-emulated-{arch}", marks=pytest.mark.emulated) for arch in EMULATED_ARCHS),
 ]
 
 

@@ -1,6 +1,5 @@
-// What a host function needs around its kernels, over the CUDA part of torch's C shim:
-//   Launch launch(every tensor the kernels touch); start_kernels(args, launch.stream());
-//   launch.check();
+// What a host function needs around its kernels, over the CUDA part of torch's C shim: a `Launch`,
+// made of every tensor that the kernels touch, gives the stream and afterwards checks for errors.
 #pragma once
 #include <cuda_runtime.h>
 
