@@ -205,12 +205,14 @@ def _recurrent(q, k, v, g, beta, gk, gv, state):
         if x is not None
     ]
     state, outputs = state.reshape(B, H, G, K, V), []
-    for t in range(T):
-        for decay in decays:
-            state = state * decay[:, t]
-        u = beta[:, t] * (v[:, t] - (state * k[:, t]).sum(-2))
-        state = state + k[:, t] * u.unsqueeze(-2)
-        outputs.append((state * q[:, t]).sum(-2))
+    parts = (x.unbind(1) for x in (q, k, v, beta))
+    steps = zip(*(x.unbind(1) for x in decays), strict=True) if decays else [()] * T
+    for q_t, k_t, v_t, beta_t, decays_t in zip(*parts, steps, strict=True):
+        for decay in decays_t:
+            state = state * decay
+        u = beta_t * (v_t - (state * k_t).sum(-2))
+        state = state + k_t * u.unsqueeze(-2)
+        outputs.append((state * q_t).sum(-2))
     o = torch.stack(outputs, 1) if outputs else v
     return o.reshape(B, T, HV, V), state.reshape(B, HV, K, V)
 
@@ -254,11 +256,13 @@ def _chunk(q, k, v, g, beta, state, C):
     state = state.view(B, H, G, K, V).transpose(2, 3).reshape(B, H, K, G * V)
     total = gam[..., -1, :].squeeze(-1).repeat_interleave(V, -1).unsqueeze(-2)
     updates, inter = [], []
-    for i in range(n):
-        KS, QS = (kq[:, :, i] @ state).view(B, H, 2, C, G, V).transpose(3, 4).unbind(2)
-        U = beta[:, :, i] * (inverse[:, :, i] @ (v[:, :, i] - gam[:, :, i] * KS))
-        weighted = (rest[:, :, i] * U).transpose(2, 3).reshape(B, H, C, G * V)
-        state = total[:, :, i] * state + k[:, :, i].mT @ weighted
+    # unbind: its gradient is one stack, that of indexing in the loop is a full tensor a chunk
+    parts = (x.unbind(2) for x in (kq, k.mT, v, beta, inverse, gam, rest, total))
+    for kq_i, kT_i, v_i, beta_i, inverse_i, gam_i, rest_i, total_i in zip(*parts, strict=True):
+        KS, QS = (kq_i @ state).view(B, H, 2, C, G, V).transpose(3, 4).unbind(2)
+        U = beta_i * (inverse_i @ (v_i - gam_i * KS))
+        weighted = (rest_i * U).transpose(2, 3).reshape(B, H, C, G * V)
+        state = total_i * state + kT_i @ weighted
         updates.append(U)
         inter.append(QS)
     o = gam * torch.stack(inter, 2) + (Gam * QK) @ torch.stack(updates, 2)
