@@ -58,6 +58,7 @@ LIMITS = {
     torch.float16: (2e-3, 4e-3, 4e-3),
     torch.bfloat16: (6e-3, 8e-3, 1e-2),
 }
+SMALLEST = 1e-36  # float32 keeps no relative precision much below
 FUSED = {
     "use_qk_l2norm_in_kernel": True,
     "use_gate_in_kernel": True,
@@ -144,6 +145,9 @@ def compare(x, factor=1, function=chunk_gated_delta_rule, dht=True, **options):
         assert actual[name].dtype == (
             dtype if name == "o" else x[name[1:]].dtype if name != "ht" else wide_dtype(dtype)
         )
+        if dtype != torch.float64 and value.abs().amax() < SMALLEST:
+            assert actual[name].abs().amax() < SMALLEST, name
+            continue
         assert_close(name, actual[name].cpu(), value, factor * limit_of(name, dtype))
     return actual, expected
 

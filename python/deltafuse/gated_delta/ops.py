@@ -302,7 +302,7 @@ def _write_states(output, indices, final):
         if final.shape[0] == 0:
             return
         used = indices >= 0
-        first = used.int().argmax()
+        first = used.int().argmax(0, keepdim=True)
         target = torch.where(used, indices, indices[first].clamp(min=0)).long()
-        other = torch.where(used[first], final[first], output[0])
+        other = torch.where(used[first].view(1, 1, 1, 1), final[first], output[:1])
         output.index_put_((target,), torch.where(used.view(-1, 1, 1, 1), final, other))

@@ -1,0 +1,166 @@
+"""Chunked gated delta rule: memory layouts, determinism, what is allocated, who gets a gradient."""
+
+import pytest
+import torch
+
+from deltafuse.gated_delta import chunk_gated_delta_rule
+from gated_delta_cases import CASES, FUSED, Case, compare, make, outputs_and_gradients
+
+CASE = Case(B=2, T=150, H=2, HV=4, K=24, V=40)
+
+
+def assert_same_bits(actual, expected):
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_state_v_first_is_the_transpose_bitwise(dtype):
+    x = make(CASE, dtype)
+    expected = outputs_and_gradients(chunk_gated_delta_rule, x, dht=False)
+    x["initial_state"] = x["initial_state"].detach().mT.contiguous().requires_grad_()
+    actual = outputs_and_gradients(chunk_gated_delta_rule, x, dht=False, state_v_first=True)
+    for name in ("ht", "dinitial_state"):
+        assert actual[name].is_contiguous()
+        actual[name] = actual[name].mT
+    assert_same_bits(actual, expected)
+
+
+def fused_projection(x):
+    """q, k, v as slices of one [B, T, ...] buffer, g and beta of another, as a layer makes them."""
+    B, T, H, K = x["q"].shape
+    HV, V = x["v"].shape[2:]
+    qkv = torch.cat([x[n].detach().flatten(2) for n in ("q", "k", "v")], -1)
+    ab = torch.stack([x["g"].detach(), x["beta"].detach()], -1)
+    q, k, v = qkv.split([H * K, H * K, HV * V], -1)
+    views = {
+        "q": q.unflatten(-1, (H, K)),
+        "k": k.unflatten(-1, (H, K)),
+        "v": v.unflatten(-1, (HV, V)),
+    }
+    views |= {"g": ab[..., 0], "beta": ab[..., 1]}
+    return {**x, **{name: t.requires_grad_() for name, t in views.items()}}
+
+
+def last_dimension_strided(x):
+    return {
+        name: t.detach().mT.contiguous().mT.requires_grad_() if t.dim() == 4 else t
+        for name, t in x.items()
+    }
+
+
+@pytest.mark.parametrize("layout", [fused_projection, last_dimension_strided])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_strided_inputs_bitwise(layout, dtype):
+    x = make(CASE, dtype)
+    strided = layout(x)
+    assert not strided["q"].is_contiguous()
+    expected = outputs_and_gradients(chunk_gated_delta_rule, x)
+    assert_same_bits(outputs_and_gradients(chunk_gated_delta_rule, strided), expected)
+
+
+def test_expanded_upstream_gradients():
+    """sum() hands back a gradient whose strides are all zero."""
+    x = make(CASE)
+    o, ht = chunk_gated_delta_rule(**x, output_final_state=True)
+    ones = torch.ones_like(o), torch.ones_like(ht)
+    expected = torch.autograd.grad((o, ht), x["v"], ones, retain_graph=True)
+    assert torch.equal(torch.autograd.grad(o.sum() + ht.sum(), x["v"])[0], expected[0])
+
+
+def test_outputs_that_the_loss_ignores():
+    x = make(CASE)
+    o, ht = chunk_gated_delta_rule(**x, output_final_state=True)
+    (both,) = torch.autograd.grad(o.sum() + ht.sum(), x["v"], retain_graph=True)
+    (one,) = torch.autograd.grad(o.sum(), x["v"], retain_graph=True)
+    (other,) = torch.autograd.grad(ht.sum(), x["v"])
+    torch.testing.assert_close(one + other, both)
+
+
+@pytest.mark.parametrize("needed", ["q", "beta", "initial_state", "A_log", "dt_bias"])
+def test_gradients_for_a_subset(needed):
+    x = make(Case(T=20), fused=True)
+    expected = outputs_and_gradients(chunk_gated_delta_rule, x, dht=False, **FUSED)
+    for name, t in x.items():
+        t.requires_grad_(name == needed)
+    o, _ = chunk_gated_delta_rule(**x, **FUSED)
+    do = torch.randn(o.shape, generator=torch.Generator().manual_seed(7)).bfloat16().to(o)
+    o.backward(do)
+    assert torch.equal(x[needed].grad, expected["d" + needed])
+    assert all(t.grad is None for name, t in x.items() if name != needed)
+
+
+def test_mixed_gate_dtypes():
+    """g and beta may have any dtype and get their gradients in it."""
+    x = make(CASE, torch.bfloat16)
+    x["g"] = x["g"].detach().bfloat16().requires_grad_()
+    x["beta"] = x["beta"].detach().double().requires_grad_()
+    compare(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bitwise_repeatable_with_any_number_of_threads(threads, dtype):
+    cases = [CASES["T500"], CASES["packed"], Case(B=1, T=200, H=1, HV=4, K=64, V=130)]
+    for case in cases:
+        x = make(case, dtype, fused=True)
+        results = []
+        for n in (1, 1, 2, 8):
+            threads(n)
+            results.append(outputs_and_gradients(chunk_gated_delta_rule, x, **FUSED))
+        for other in results[1:]:
+            assert_same_bits(other, results[0])
+
+
+def test_bitwise_equal_over_twenty_runs():
+    x = make(CASES["packed"], fused=True)
+    first = outputs_and_gradients(chunk_gated_delta_rule, x, **FUSED)
+    for _ in range(19):
+        assert_same_bits(outputs_and_gradients(chunk_gated_delta_rule, x, **FUSED), first)
+
+
+@pytest.mark.parametrize("name", ["T17", "T65_group2", "packed"])
+def test_every_element_is_written(nan_filled_memory, name):
+    assert torch.empty(3).isnan().all()
+    compare(make(CASES[name], fused=True), 2, **FUSED)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_bad_numbers_stay_in_their_sequence_and_head(bad):
+    x = make(Case(B=2, T=100, H=2, HV=4), torch.float32)
+    expected = outputs_and_gradients(chunk_gated_delta_rule, x)
+    with torch.no_grad():
+        x["v"][0, 50, 1] = bad
+    actual = outputs_and_gradients(chunk_gated_delta_rule, x)
+    assert not actual["o"][0, 50:, 1].isfinite().any()
+    for name in ("o", "dv", "dg", "dbeta"):
+        for t in (actual, expected):
+            t[name] = torch.cat([t[name][1], t[name][0][:, [0, 2, 3]]], 1)
+    for name in ("dq", "dk"):  # the group of value heads 0 and 1 reads key head 0
+        for t in (actual, expected):
+            t[name] = torch.cat([t[name][1], t[name][0][:, 1:]], 1)
+    for name in ("ht", "dinitial_state"):
+        for t in (actual, expected):
+            t[name] = torch.cat([t[name][1], t[name][0][[0, 2, 3]]])
+    assert_same_bits(actual, expected)
+
+
+def test_inference_allocates_only_its_outputs():
+    x = {name: t.detach() for name, t in make(CASE).items()}
+    chunk_gated_delta_rule(**x)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        o, ht = chunk_gated_delta_rule(**x, output_final_state=True)
+    allocated = sum(max(e.self_cpu_memory_usage, 0) for e in profile.key_averages())
+    assert allocated <= 4 * (o.numel() + ht.numel()) + 256
+
+
+def test_training_saves_only_its_inputs():
+    x = make(CASE, fused=True)
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        chunk_gated_delta_rule(**x, **FUSED)
+    assert set(saved) == {t.data_ptr() for t in x.values()}
