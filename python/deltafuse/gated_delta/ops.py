@@ -10,9 +10,9 @@ from .. import _library
 from . import reference, segments
 from .validation import (
     MAX_HEAD,
-    check_choice,
     check_gate,
     check_inputs,
+    check_options,
     check_sequences,
     check_sigmoid,
     check_states,
@@ -200,37 +200,21 @@ def chunk_gated_delta_rule(
         NotImplementedError: cp_context (several devices).
     """
     state_v_first = _legacy_layout(state_v_first, legacy)
-    if cp_context is not None:
-        raise NotImplementedError(f"{OP}: cp_context (sequences over several devices)")
+    check_options(OP, chunk_size, save_states, precision, auto_cp, cp_context)
     q, k, v = _autocast(q, k, v)
     check_inputs(OP, q, k, v, g, beta)
     check_gate(OP, v, use_gate_in_kernel, A_log, dt_bias)
     sigmoid_scale = check_sigmoid(OP, use_beta_sigmoid_in_kernel, allow_neg_eigval)
     N = check_sequences(OP, q, cu_seqlens)
     check_states(OP, q, v, N, initial_state, output_state, state_indices, state_v_first)
-    check_choice(OP, "chunk_size", chunk_size, (16, 32, 64))
-    check_choice(OP, "save_states", save_states, ("auto", True, False))
-    check_choice(OP, "precision", precision, (None, "fast", "high"))
-    check_choice(OP, "auto_cp", auto_cp, (None, True, False))
     if _debug:
         check_values(OP, g, cu_seqlens, q.shape[1])
-    call = Call(
-        q=q,
-        k=k,
-        v=v,
-        g=_gate_dtype(q, g),
-        beta=_gate_dtype(q, beta),
-        initial_state=_read_states(initial_state, state_indices, reference.compute_dtype(q)),
-        cu_seqlens=cu_seqlens,
-        A_log=A_log,
-        dt_bias=dt_bias,
-        scale=q.shape[3] ** -0.5 if scale is None else scale,
-        l2norm=use_qk_l2norm_in_kernel,
-        sigmoid_scale=sigmoid_scale,
-        state_v_first=state_v_first,
-        chunk_size=chunk_size,
-    )
-    want_state = output_final_state or output_state is not None
+    g, beta = _gate_dtype(q, g), _gate_dtype(q, beta)
+    state = _read_states(initial_state, state_indices, reference.compute_dtype(q))
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    tensors = (q, k, v, g, beta, state, cu_seqlens, A_log, dt_bias)
+    options = (scale, use_qk_l2norm_in_kernel, sigmoid_scale, state_v_first, chunk_size)
+    call, want_state = Call(*tensors, *options), output_final_state or output_state is not None
     if auto_cp:
         o, final_state = segments.run_split(_run, call, want_state, cu_seqlens_cpu)
     else:

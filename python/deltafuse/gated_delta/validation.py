@@ -94,9 +94,18 @@ def check_states(op, q, v, N, initial_state, output_state, state_indices, state_
         _checks.fail(op, "state_indices needs a pool: initial_state or output_state")
 
 
-def check_choice(op, name, value, choices):
-    if value not in choices:
-        _checks.fail(op, f"{name} must be one of {choices}, got {value!r}")
+def check_options(op, chunk_size, save_states, precision, auto_cp, cp_context):
+    """The options of the chunk form that are a choice among a few values."""
+    if cp_context is not None:
+        raise NotImplementedError(f"{op}: cp_context (sequences over several devices)")
+    for name, value, choices in (
+        ("chunk_size", chunk_size, (16, 32, 64)),
+        ("save_states", save_states, ("auto", True, False)),
+        ("precision", precision, (None, "fast", "high")),
+        ("auto_cp", auto_cp, (None, True, False)),
+    ):
+        if value not in choices:
+            _checks.fail(op, f"{name} must be one of {choices}, got {value!r}")
 
 
 def check_values(op, g, cu_seqlens, T):
