@@ -64,6 +64,9 @@ inline void columns(int64_t n, int64_t k, Strided<T> a, const T* b, int64_t ldb,
   int64_t j = 0;
   for (; j + kGemmCols * kLanes<T> <= n; j += kGemmCols * kLanes<T>)
     micro<T, kRows, kGemmCols, into>(k, a, b + j, ldb, c + j, ldc);
+  if constexpr (kGemmCols > 2)
+    for (; j + 2 * kLanes<T> <= n; j += 2 * kLanes<T>)
+      micro<T, kRows, 2, into>(k, a, b + j, ldb, c + j, ldc);
   for (; j < n; j += kLanes<T>) micro<T, kRows, 1, into>(k, a, b + j, ldb, c + j, ldc);
 }
 
