@@ -43,15 +43,20 @@ class Launch {  // null stream; announces the tensors, so that CUEMU_STRICT=1 kn
  private:
   void add(const Tensor& t) {
     if (t.numel() == 0) return;
-    cuemu_register(t.data_ptr(), t.numel() * t.element_size());
-    known_.push_back(t.data_ptr());
+    int64_t last = 0;  // of a strided view: what it reaches
+    for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
+    cuemu_register(t.const_data_ptr(), (last + 1) * t.element_size());
+    known_.push_back(t.const_data_ptr());
+  }
+  void add(const OptTensor& t) {
+    if (t) add(*t);
   }
   std::vector<const void*> known_;
 };
 #else
 class Launch {
  public:
-  template <class... Tensors>
+  template <class... Tensors>  // Tensor or OptTensor
   explicit Launch(const Tensor& first, const Tensors&...) : guard_(first.get_device_index()) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(first.get_device_index(), &stream_));
   }

@@ -1,0 +1,175 @@
+"""Decode with the gated delta rule: a few tokens a row, states updated in place in a pool."""
+
+import torch
+
+from .. import _checks, _library
+from .reference_decode import naive_decode
+
+OP = "gated_delta_rule_decode"
+MAX_TOKENS = 8
+MAX_CUDA_K = 256
+
+_library.register("gated_delta_decode", lambda *args: None)
+
+
+def gated_delta_rule_decode(
+    q,
+    k,
+    v,
+    state,
+    A_log,
+    a,
+    dt_bias,
+    b,
+    scale=None,
+    output=None,
+    use_qk_l2norm=True,
+    *,
+    state_indices=None,
+    output_state_indices=None,
+    state_v_first=True,
+    snapshots=None,
+):
+    """One to eight tokens of the gated delta rule (arXiv 2412.06464, equation 10), in place.
+
+    For each row, token and value head, with S the row's state seen as [V, K]:
+      g = -exp(A_log) softplus(a + dt_bias), at least -88;  u = sigmoid(b) (v - e^g S k^)
+      S <- e^g S + u k^T;  o = S q^        with k^ = k / |k| and q^ = scale q / |q|
+    Kernels compute in float32 and keep S there between the tokens; nothing is differentiated. The
+    host looks at no value on a device, so the call can be captured in a CUDA graph.
+
+    Args:
+        q, k: [B, T, H, K] with T in 1..8, any strides.
+        v: [B, T, HV, V], HV a multiple of H, dtype of q (float64 only with a float64 state).
+        state: pool [P, HV, V, K] of any float dtype, [P, HV, K, V] unless state_v_first; any
+            stride from slot to slot, each slot contiguous. Updated in place.
+        A_log: [HV], any float dtype.
+        a, b: [B, T, HV], any float dtype: raw logits of the gate and of beta.
+        dt_bias: [HV] or None.
+        scale: of q; K^-0.5 by default.
+        output: [B, T, HV, V] in the dtype of q with a unit last stride, or None: a new tensor.
+        use_qk_l2norm: divide q and k by sqrt(sum x^2 + 1e-6).
+        state_indices: [B] int32 or int64, the slot each row starts from; default: row b uses slot
+            b. A negative index marks a padding row: its output is 0, nothing else is written.
+        output_state_indices: [B], the slot each row's last state goes to (negative: nowhere);
+            default: state_indices. Written slots must differ from each other and from the slots
+            that other rows read; read slots may repeat.
+        snapshots: [B, T, ...] like the slots, dtype of state, contiguous: receives the state after
+            each token, for verifying drafts of which only some tokens are accepted.
+
+    Returns:
+        o [B, T, HV, V] in the dtype of q.
+
+    Raises:
+        ValueError, TypeError: for shapes, dtypes, layouts or devices other than these.
+        RuntimeError: on the CPU, for an index beyond the pool.
+    """
+    _check(q, k, v, state, A_log, a, dt_bias, b)
+    slot = _check_state(q, v, state, state_v_first)
+    indices = {"state_indices": state_indices, "output_state_indices": output_state_indices}
+    _check_indices(q, state, indices)
+    if output is None:
+        output = torch.empty_like(v, memory_format=torch.contiguous_format)
+    else:
+        _check_written("output", output, v.shape, "[B, T, HV, V]", q)
+        if output.stride(3) != 1 and output.shape[3] > 1:
+            _checks.fail(OP, f"output must have a unit last stride, got {output.stride()}")
+    if snapshots is not None:
+        _check_written("snapshots", snapshots, (*q.shape[:2], *slot), "[B, T, HV, ...]", state)
+        if not snapshots.is_contiguous():
+            _checks.fail(OP, f"snapshots must be contiguous, got strides {snapshots.stride()}")
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    kernel = _library.kernel("gated_delta_decode", q)
+    if q.is_cuda and (q.shape[3] > MAX_CUDA_K or q.dtype == torch.float64):
+        kernel = None
+    (kernel or naive_decode)(
+        q,
+        k,
+        v,
+        state,
+        A_log,
+        a,
+        dt_bias,
+        b,
+        scale,
+        output,
+        use_qk_l2norm,
+        state_indices,
+        output_state_indices,
+        state_v_first,
+        snapshots,
+    )
+    return output
+
+
+def _check(q, k, v, state, A_log, a, dt_bias, b):
+    given = {"q": q, "k": k, "v": v, "state": state, "A_log": A_log, "a": a, "b": b}
+    if dt_bias is not None:
+        given["dt_bias"] = dt_bias
+    for name, tensor in given.items():
+        _checks.expect_float(OP, name, tensor)
+    _checks.expect_dim(OP, "q", q, 4, "[B, T, H, K]")
+    _checks.expect_dim(OP, "v", v, 4, "[B, T, HV, V]")
+    _checks.expect_shape(OP, "k", k, q.shape, "the shape of q, [B, T, H, K]")
+    B, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    if v.shape[:2] != q.shape[:2] or min(H, K, HV, V) < 1 or HV % H:
+        _checks.fail(
+            OP,
+            f"v must be [B, T, HV, V] with HV a multiple of q's H, got q {tuple(q.shape)} and "
+            f"v {tuple(v.shape)}",
+        )
+    if not 1 <= T <= MAX_TOKENS:
+        _checks.fail(OP, f"T must be in 1..{MAX_TOKENS}, got q of shape {tuple(q.shape)}")
+    for name, tensor in (("a", a), ("b", b)):
+        _checks.expect_shape(OP, name, tensor, (B, T, HV), "[B, T, HV]")
+    for name, tensor in (("A_log", A_log), ("dt_bias", dt_bias)):
+        if tensor is not None:
+            _checks.expect_shape(OP, name, tensor, (HV,), "[HV]")
+    _checks.expect_same_dtype(OP, q=q, k=k, v=v)
+    _checks.expect_same_device(OP, **given)
+
+
+def _check_state(q, v, state, state_v_first):
+    """The shape of a slot: [HV, V, K] or [HV, K, V], contiguous in a pool of any slot stride."""
+    K, (HV, V) = q.shape[3], v.shape[2:]
+    slot = (HV, V, K) if state_v_first else (HV, K, V)
+    meaning = "[P, HV, V, K]" if state_v_first else "[P, HV, K, V]"
+    _checks.expect_dim(OP, "state", state, 4, meaning)
+    P = state.shape[0]
+    _checks.expect_shape(OP, "state", state, (P, *slot), meaning)
+    strides, sizes = (slot[1] * slot[2], slot[2], 1), state.shape[1:]
+    apart = P <= 1 or state.stride(0) >= HV * K * V
+    dense = all(
+        size == 1 or stride == expected
+        for size, stride, expected in zip(sizes, state.stride()[1:], strides, strict=True)
+    )
+    if not (apart and dense):
+        _checks.fail(
+            OP,
+            f"each slot of state {tuple(state.shape)} must be contiguous, got strides "
+            f"{state.stride()}",
+        )
+    if (q.dtype == torch.float64) != (state.dtype == torch.float64):
+        _checks.fail(OP, f"float64 q and state go together, got {q.dtype} and {state.dtype}")
+    return slot
+
+
+def _check_indices(q, state, indices):
+    B, P = q.shape[0], state.shape[0]
+    for name, tensor in indices.items():
+        if tensor is None:
+            continue
+        if tensor.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{OP}: {name} must be int32 or int64, got {tensor.dtype}")
+        _checks.expect_shape(OP, name, tensor, (B,), "[B]")
+    _checks.expect_same_device(OP, q=q, **indices)
+    if indices["state_indices"] is None and P < B:
+        _checks.fail(OP, f"state must have a slot a row of q {tuple(q.shape)}, got P = {P}")
+
+
+def _check_written(name, tensor, shape, meaning, like):
+    _checks.expect_shape(OP, name, tensor, shape, meaning)
+    if tensor.dtype != like.dtype:
+        raise TypeError(f"{OP}: {name} must be {like.dtype}, got {tensor.dtype}")
+    _checks.expect_same_device(OP, q=like, **{name: tensor})
