@@ -31,6 +31,24 @@ def test_outputs_and_gradients_of_long_inputs(name, dtype):
     compare(make(LONG_CASES[name], dtype), dht=LONG_CASES[name].dht)
 
 
+def grid():
+    """All lengths with four (K, V, group) each; long sequences with the smaller heads only."""
+    sizes = [(1, 16, 1), (60, 100, 2), (16, 1, 3), (128, 64, 8), (100, 256, 4), (192, 60, 1)]
+    sizes += [(64, 192, 2), (256, 128, 3)]
+    for i, T in enumerate((1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 500, 2048)):
+        small = sizes[:3] if T > 500 else sizes
+        for j in range(4):
+            K, V, group = small[(i + 3 * j) % len(small)]
+            yield Case(T=T, H=1 + j % 2, HV=(1 + j % 2) * group, K=K, V=V, h0=j < 2, dht=j % 2 == 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", grid(), ids=str)
+def test_outputs_and_gradients_over_the_grid(case, dtype):
+    compare(make(case, dtype), dht=case.dht)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["T15", "T65_group2", "packed"])
 def test_preactivations_in_the_kernel(device, name, dtype):

@@ -1,5 +1,7 @@
 """Chunked gated delta rule: memory layouts, determinism, what is allocated, who gets a gradient."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -116,6 +118,20 @@ def test_bitwise_equal_over_twenty_runs():
     first = outputs_and_gradients(chunk_gated_delta_rule, x, **FUSED)
     for _ in range(19):
         assert_same_bits(outputs_and_gradients(chunk_gated_delta_rule, x, **FUSED), first)
+
+
+def test_concurrent_calls():
+    """Calls from several Python threads do not share scratch memory."""
+    inputs = [make(CASES[name], fused=True) for name in ("T500", "packed", "T64", "T17")]
+
+    def run(x):
+        return outputs_and_gradients(chunk_gated_delta_rule, x, **FUSED)
+
+    expected = [run(x) for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            for actual, one in zip(pool.map(run, inputs), expected, strict=True):
+                assert_same_bits(actual, one)
 
 
 @pytest.mark.parametrize("name", ["T17", "T65_group2", "packed"])

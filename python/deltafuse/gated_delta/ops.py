@@ -110,15 +110,19 @@ def _reference(*args):
     )
 
 
+def _warn(message, category=UserWarning):
+    """Once a caller, by the filter of warnings; a warning would break a compiled graph."""
+    if not torch.compiler.is_compiling():
+        warnings.warn(message, category, stacklevel=4)
+
+
 def _run(call, output_final_state):
     """(o, final state or None) of a checked call, by the kernel or the reference."""
     op = _library.kernel("gated_delta_fwd", call.q)
     if op is not None and max(call.q.shape[3], call.v.shape[3]) > MAX_HEAD:
-        # the warnings filter shows it once a caller
-        warnings.warn(
+        _warn(
             f"{OP}: K = {call.q.shape[3]}, V = {call.v.shape[3]} is beyond the kernels' "
-            f"{MAX_HEAD}, using the PyTorch reference",
-            stacklevel=3,
+            f"{MAX_HEAD}, using the PyTorch reference"
         )
         op = None
     o, final_state = (op or _reference)(*call, output_final_state)
@@ -235,9 +239,7 @@ def _legacy_layout(state_v_first, legacy):
             f"{OP}: head_first is not supported, transpose the inputs to [B, T, H, K] instead"
         )
     if "transpose_state_layout" in legacy:
-        warnings.warn(
-            f"{OP}: transpose_state_layout is now state_v_first", DeprecationWarning, stacklevel=3
-        )
+        _warn(f"{OP}: transpose_state_layout is now state_v_first", DeprecationWarning)
         state_v_first = state_v_first or legacy.pop("transpose_state_layout")
     if legacy:
         raise TypeError(f"{OP}: unexpected keyword arguments {sorted(legacy)}")

@@ -226,9 +226,10 @@ def _chunk(q, k, v, g, beta, state, C):
     """
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
-    G, n = HV // H, -(-T // C)
-    if n == 0:
+    if T == 0:
         return v, state
+    C = min(C, T)
+    G, n = HV // H, -(-T // C)
     # rows after T: k = q = v = 0, beta = 0 and g = 0 leave the state as it is
     q, k, v = (F.pad(x, (0, 0, 0, 0, 0, n * C - T)) for x in (q, k, v))
     g, beta = (F.pad(x, (0, 0, 0, n * C - T)) for x in (g, beta))
