@@ -1,0 +1,122 @@
+"""The machine code of the CUDA kernels: instructions that must and must not be there, registers.
+
+Needs a CUDA build and cuobjdump (CUDA toolkit, or the packages nvidia-cuda-cuobjdump and
+nvidia-cuda-nvdisasm), but no GPU.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import deltafuse
+
+LIBRARY = Path(deltafuse.__file__).with_name("libdeltafuse.so")
+ARCHS = {"sm_80", "sm_90"}
+
+
+class Kernel(NamedTuple):
+    """What is asked of the functions whose mangled name matches `name`."""
+
+    name: str
+    instances: int  # an architecture
+    registers: int  # at most
+    contains: tuple
+
+
+KERNELS = [
+    # 4 CTAs of 128 threads an SM need no more than 128 registers, 3 no more than 168
+    Kernel(r"decode_kernel.*Lb1ELi\d+ELi[48]E", 9, 128, ("LDG.E.128", "STG.E.128", "LDS.128")),
+    Kernel(r"decode_kernel.*Lb0ELi\d+ELi[48]E", 9, 168, ("LDG.E.128", "STG.E.128", "LDS.128")),
+    Kernel(r"decode_kernel.*ELi256ELi1E", 6, 128, ("LDG.E", "STG.E")),
+]
+FORBIDDEN = ("LDL", "STL")
+
+
+def find(tool):
+    """A tool on the PATH, in the usual place of the toolkit or in its Python package."""
+    folders = [os.environ["PATH"], "/usr/local/cuda/bin"]
+    folders += [str(p) for entry in sys.path for p in Path(entry).glob("nvidia/*/bin")]
+    return shutil.which(tool, path=os.pathsep.join(folders))
+
+
+@pytest.fixture(scope="module")
+def dump():
+    """dump(option): the text that cuobjdump prints about the library."""
+    if not deltafuse.has_cuda():
+        pytest.skip("a build without CUDA kernels")
+    tool, disassembler = find("cuobjdump"), find("nvdisasm")
+    if not (tool and disassembler):
+        pytest.skip("no cuobjdump and nvdisasm")
+    path = os.pathsep.join([str(Path(disassembler).parent), os.environ["PATH"]])
+
+    def run(option):
+        return subprocess.run(
+            [tool, option, LIBRARY],
+            env={**os.environ, "PATH": path},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def usage(dump):
+    """{(architecture, function): {"REG": registers, "STACK": bytes, ...}}."""
+    functions, arch = {}, None
+    text = dump("-res-usage")
+    for line in re.findall(r"arch = \w+|Function [^:]+:\s*\n?[^\n]*", text):
+        if line.startswith("arch"):
+            arch = line.split()[-1]
+        else:
+            name, values = line[len("Function ") :].split(":", 1)
+            functions[arch, name] = {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", values)}
+    return functions
+
+
+@pytest.fixture(scope="module")
+def code(dump):
+    """{(architecture, function): its instructions}."""
+    functions, arch = {}, None
+    for part in re.split(r"(?=arch = |Function : )", dump("-sass")):
+        head = part.split("\n", 1)[0]
+        if head.startswith("arch"):
+            arch = head.split()[-1]
+        elif head.startswith("Function"):
+            functions[arch, head.split()[-1]] = part
+    return functions
+
+
+def matching(functions, kernel):
+    found = {key: value for key, value in functions.items() if re.search(kernel.name, key[1])}
+    assert {arch for arch, _ in found} == ARCHS
+    assert len(found) == kernel.instances * len(ARCHS)
+    return found
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.name)
+def test_registers_and_no_stack(usage, kernel):
+    for key, used in matching(usage, kernel).items():
+        assert used["REG"] <= kernel.registers, key
+        assert used["STACK"] == used["LOCAL"] == 0, key
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.name)
+def test_instructions(code, kernel):
+    for key, text in matching(code, kernel).items():
+        for instruction in kernel.contains:
+            assert instruction in text, (key, instruction)
+        for instruction in FORBIDDEN:
+            assert not re.search(rf"\b{instruction}\b", text), (key, instruction)
+
+
+def test_every_kernel_is_in_the_table(usage):
+    listed = [key for kernel in KERNELS for key in usage if re.search(kernel.name, key[1])]
+    assert sorted(listed) == sorted(usage)
