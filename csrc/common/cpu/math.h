@@ -33,6 +33,15 @@ inline Vec<T> pow2(Vec<typename Bits<T>::I> n) {  // 2^n for normal results
   return bit_cast<Vec<T>>(Vec<typename Bits<T>::I>((n + Bits<T>::kBias) << Bits<T>::kMantissa));
 }
 
+// Correctly rounded; the compiler makes one instruction of the loop.
+template <class T>
+inline Vec<T> sqrt(Vec<T> x) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<T>; ++i)
+    x[i] = sizeof(T) == 4 ? T(__builtin_sqrtf(x[i])) : T(__builtin_sqrt(x[i]));
+  return x;
+}
+
 // x = n ln 2 + r with |r| <= ln 2 / 2; e^r by its Taylor series; 2^n in two factors, so that
 // subnormal results are rounded once.
 template <class T>
