@@ -1,16 +1,19 @@
 """deltafuse: fused CPU and CUDA kernels for linear-attention language models."""
 
-from . import _library, gated_delta
+from . import _library, gated_delta, optim
 from .gated_delta import chunk_gated_delta_rule
+from .optim import MARS
 
 backend_info = _library.backend_info
 build_info = _library.build_info
 has_cuda = _library.has_cuda
 __version__ = "0.1.0"
 __all__ = [
+    "MARS",
     "backend_info",
     "build_info",
     "chunk_gated_delta_rule",
     "gated_delta",
     "has_cuda",
+    "optim",
 ]

@@ -1,0 +1,137 @@
+"""Parameter groups and their hyper-parameters: splitting, checking, and what is still missing."""
+
+import math
+
+import torch
+
+_TYPES = {
+    name: "mars-" + name.removeprefix("mars-")
+    for short in ("adamw", "lion", "shampoo", "sgd", "m")
+    for name in (short, "mars-" + short)
+}
+_CHOICES = {
+    "clip_scope": ("tensor", "group", "global"),
+    "caution": (False, "elementwise", "mean"),
+    "first_step": ("zero", "grad"),
+    "matrix_ndim": ("eq2", "ge2"),
+    "last_grad_mode": ("copy", "steal"),
+    "nonfinite": ("propagate", "skip_tensor", "skip_step", "error"),
+    "master": (None, "fp32", "split16"),
+    "rounding": ("nearest", "stochastic"),
+    "state_bits": (32, 8),
+}
+# options of the family that only have one implemented value so far
+_IMPLEMENTED = {
+    "mars_type": "mars-adamw",
+    "master": None,
+    "rounding": "nearest",
+    "state_dtype": None,
+    "state_bits": 32,
+    "seed": None,
+}
+
+
+def split_decay_groups(model, weight_decay):
+    """Two parameter groups of a module: matrices decay; biases, norms and embeddings do not.
+
+    Args:
+        model: nn.Module; frozen parameters are left out, tied ones appear once.
+        weight_decay: float for the first group; the second one has 0, also on the 1-D path.
+
+    Returns:
+        list of at most two dicts for an optimizer's `params`; an empty group is left out.
+    """
+    embeddings = {
+        id(m.weight)
+        for m in model.modules()
+        if isinstance(m, torch.nn.Embedding | torch.nn.EmbeddingBag)
+    }
+    decayed, others = [], []
+    for p in model.parameters():
+        if p.requires_grad:
+            (decayed if p.ndim >= 2 and id(p) not in embeddings else others).append(p)
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0, "weight_decay_1d": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def takes_mars_path(group, p):
+    """Matrices, or every tensor with optimize_1d; "ge2" counts convolution weights as matrices."""
+    return group["optimize_1d"] or (p.ndim >= 2 if group["matrix_ndim"] == "ge2" else p.ndim == 2)
+
+
+def check_flags(foreach, fused, differentiable):
+    conflicts = [("foreach", "fused", foreach and fused)]
+    conflicts.append(("foreach", "differentiable", foreach and differentiable))
+    conflicts.append(("fused", "differentiable", fused and differentiable))
+    for one, other, both in conflicts:
+        if both:
+            raise ValueError(f"MARS: {one} and {other} cannot both be True")
+
+
+def _check_number(group, name, low, strict=False):
+    value = group[name]
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"MARS: {name} must be a number or have one element, got {value}")
+        return
+    if not (math.isfinite(value) and (value > low if strict else value >= low)):
+        bound = f"{'>' if strict else '>='} {low}"
+        raise ValueError(f"MARS: {name} must be a finite number {bound}, got {value}")
+
+
+def check_group(group):
+    """ValueError for a bad hyper-parameter, NotImplementedError for a missing feature."""
+    for name in ("lr", "eps", "weight_decay", "gamma", "lr_1d"):
+        _check_number(group, name, 0.0)
+    for name in ("clip", "weight_decay_1d"):
+        if group[name] is not None:
+            _check_number(group, name, 0.0, strict=name == "clip")
+    for name in ("betas", "betas_1d"):
+        if len(group[name]) != 2 or not all(0.0 <= beta < 1.0 for beta in group[name]):
+            raise ValueError(f"MARS: {name} must be two numbers in [0, 1), got {group[name]}")
+    if group["mars_type"] not in _TYPES:
+        raise ValueError(
+            f"MARS: mars_type must be one of {sorted(_TYPES)}, got {group['mars_type']!r}"
+        )
+    group["mars_type"] = _TYPES[group["mars_type"]]
+    for name, values in _CHOICES.items():
+        # `0 == False` and `1 == True`: compare the types, too
+        if not any(group[name] == v and type(group[name]) is type(v) for v in values):
+            raise ValueError(f"MARS: {name} must be one of {values}, got {group[name]!r}")
+    for name in ("state_dtype", "last_grad_dtype"):
+        if group[name] is not None and group[name] not in (
+            torch.float32,
+            torch.bfloat16,
+            torch.float16,
+        ):
+            raise ValueError(f"MARS: {name} must be a floating dtype, got {group[name]}")
+    for name, value in _IMPLEMENTED.items():
+        if group[name] != value:
+            raise NotImplementedError(f"MARS: {name}={group[name]!r} is not implemented yet")
+
+
+def check_params(group):
+    """Rejects what no update can be done on; names the parameter."""
+    if len({id(p) for p in group["params"]}) != len(group["params"]):
+        raise ValueError("MARS: a parameter appears twice in one group")
+    for i, p in enumerate(group["params"]):
+        name = parameter_name(group, i)
+        if not (p.is_floating_point() or p.is_complex()):
+            raise ValueError(f"MARS: {name} must be floating point or complex, got {p.dtype}")
+        if p.dtype == torch.complex32:
+            raise NotImplementedError(f"MARS: {name} is complex32")
+        if hasattr(p, "placements"):
+            raise NotImplementedError(f"MARS: {name} is a DTensor; sharding is not implemented yet")
+        if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
+            raise ValueError(
+                f"MARS: {name} has elements that share memory (expanded), shape {tuple(p.shape)},"
+                f" strides {p.stride()}"
+            )
+
+
+def parameter_name(group, i):
+    names = group.get("param_names")
+    return f"parameter {names[i]!r}" if names else f"params[{i}]"
