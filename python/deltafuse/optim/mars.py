@@ -105,7 +105,7 @@ class MARS(Optimizer):
         defaults = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
         check_flags(foreach, fused, differentiable)
         check_group(defaults)
-        defaults["lr_constructor"] = float(lr)
+        defaults["lr_constructor"] = lr.item() if isinstance(lr, torch.Tensor) else float(lr)
         self._stolen = {}
         self._loading = None
         self._warned = False
