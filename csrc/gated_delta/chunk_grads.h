@@ -134,17 +134,6 @@ void scalar_gradients(const ChunkBwdArgs& p, GradPanels<T>& b, T inner, int64_t 
   }
 }
 
-template <class T>
-void store_rows(const T* panel, int64_t ld, int64_t rows, int64_t n, DType dtype, void* to,
-                int64_t first, int64_t stride) {
-  dispatch(dtype, [&](auto tag) {
-    using E = typename decltype(tag)::type;
-    if constexpr (std::is_same_v<Compute<E>, T>)
-      for (int64_t i = 0; i < rows; ++i)
-        store_row(panel + i * ld, static_cast<E*>(to) + first + i * stride, n);
-  });
-}
-
 // dS: gradient of the state that leaves; becomes that of the state that entered.
 template <class T>
 void head_gradients(const ChunkBwdArgs& p, const KeyPanels<T>& keys, GradPanels<T>& b,

@@ -40,6 +40,18 @@ void load_panel(const Input& x, int64_t batch, int64_t begin, int64_t head, int6
   });
 }
 
+// The other way: row i of the panel, n columns, to element first + i * stride.
+template <class T>
+void store_rows(const T* panel, int64_t ld, int64_t rows, int64_t n, DType dtype, void* to,
+                int64_t first, int64_t stride) {
+  dispatch(dtype, [&](auto tag) {
+    using E = typename decltype(tag)::type;
+    if constexpr (std::is_same_v<Compute<E>, T>)
+      for (int64_t i = 0; i < rows; ++i)
+        store_row(panel + i * ld, static_cast<E*>(to) + first + i * stride, n);
+  });
+}
+
 inline double scalar(const void* data, DType dtype, int64_t i) {
   double x = 0;
   dispatch(dtype, [&](auto tag) {
@@ -82,7 +94,10 @@ void load_state(const ChunkInputs& in, const State& state, int64_t index, int64_
     if constexpr (std::is_same_v<Compute<E>, T>) {
       const E* from = static_cast<const E*>(state.data) + index * K * V;
       if (!in.state_v_first)
-        for (int64_t a = 0; a < K; ++a) load_row(from + a * V + v0, S + a * ld, n);
+        for (int64_t a = 0; a < K; ++a) {
+          load_row(from + a * V + v0, S + a * ld, n);
+          for (int64_t c = n; c < round_up<T>(n); ++c) S[a * ld + c] = 0;
+        }
       else
         for (int64_t c = 0; c < n; c += L)
           for (int64_t a = 0; a < K; a += L) {
