@@ -1,7 +1,7 @@
 """deltafuse: fused CPU and CUDA kernels for linear-attention language models."""
 
 from . import _library, gated_delta, optim
-from .gated_delta import chunk_gated_delta_rule
+from .gated_delta import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 from .optim import MARS
 
 backend_info = _library.backend_info
@@ -13,6 +13,7 @@ __all__ = [
     "backend_info",
     "build_info",
     "chunk_gated_delta_rule",
+    "fused_recurrent_gated_delta_rule",
     "gated_delta",
     "has_cuda",
     "optim",

@@ -9,7 +9,16 @@ MAX_HEAD = 256  # the kernels' largest K and V
 
 def check_inputs(op, q, k, v, g, beta):
     """q, k [B, T, H, K]; v [B, T, HV, V]; g, beta [B, T, HV]; HV a multiple of H."""
-    for name, tensor in (("q", q), ("k", k), ("v", v), ("g", g), ("beta", beta)):
+    check_qkv(op, q, k, v)
+    for name, tensor in (("g", g), ("beta", beta)):
+        _checks.expect_float(op, name, tensor)
+        _checks.expect_shape(op, name, tensor, v.shape[:3], "[B, T, HV]")
+    _checks.expect_same_device(op, q=q, g=g, beta=beta)
+
+
+def check_qkv(op, q, k, v):
+    """q, k [B, T, H, K] and v [B, T, HV, V] of one dtype; HV a multiple of H."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
         _checks.expect_float(op, name, tensor)
     _checks.expect_dim(op, "q", q, 4, "[B, T, H, K]")
     _checks.expect_dim(op, "v", v, 4, "[B, T, HV, V]")
@@ -24,10 +33,8 @@ def check_inputs(op, q, k, v, g, beta):
             f"v's heads must be a positive multiple of q's, got q {tuple(q.shape)} and "
             f"v {tuple(v.shape)}",
         )
-    _checks.expect_shape(op, "g", g, v.shape[:3], "[B, T, HV]")
-    _checks.expect_shape(op, "beta", beta, v.shape[:3], "[B, T, HV]")
     _checks.expect_same_dtype(op, q=q, k=k, v=v)
-    _checks.expect_same_device(op, q=q, k=k, v=v, g=g, beta=beta)
+    _checks.expect_same_device(op, q=q, k=k, v=v)
 
 
 def check_gate(op, v, use_gate, A_log, dt_bias):
