@@ -292,6 +292,29 @@ def test_reference_has_the_same_semantics():
         assert_close("reference", actual, reference, 5e-6)
 
 
+def test_every_output_element_is_written(device, nan_filled_memory):
+    call = move(make(2, 2, 1, 2, 60, 33), device)
+    assert gated_delta_rule_decode(**call).isfinite().all()
+
+
+@pytest.mark.cuda
+def test_cuda_graph_replays_with_other_slots_and_tokens():
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    call = move(make(2, 1, 1, 2, 128, 128, P=4), "cuda")
+    call["state_indices"] = torch.tensor([0, 1], device="cuda")
+    gated_delta_rule_decode(**call)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = gated_delta_rule_decode(**call)
+    call["state_indices"].copy_(torch.tensor([3, -1]))
+    call["q"].normal_()
+    one = copy(call)
+    graph.replay()
+    assert torch.equal(o, gated_delta_rule_decode(**one))
+    assert torch.equal(call["state"], one["state"])
+
+
 def test_opcheck():
     call = make(2, 2, 1, 2, 8, 8, P=3)
     output, snapshots = torch.empty_like(call["v"]), torch.empty(2, 2, *call["state"].shape[1:])

@@ -36,7 +36,8 @@ def gated_delta_rule_decode(
       g = -exp(A_log) softplus(a + dt_bias), at least -88;  u = sigmoid(b) (v - e^g S k^)
       S <- e^g S + u k^T;  o = S q^        with k^ = k / |k| and q^ = scale q / |q|
     Kernels compute in float32 and keep S there between the tokens; nothing is differentiated. The
-    host looks at no value on a device, so the call can be captured in a CUDA graph.
+    host looks at no value on a device, so the call can be captured in a CUDA graph. On CUDA,
+    float64 and K > 256 run the PyTorch reference.
 
     Args:
         q, k: [B, T, H, K] with T in 1..8, any strides.
