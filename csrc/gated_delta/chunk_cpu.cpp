@@ -103,6 +103,7 @@ std::tuple<Tensor, Tensor> fwd(const Tensor& q, const Tensor& k, const Tensor& v
   DF_CPU(chunk_fwd_scratch)(args, &bytes);
   auto* kernel = DF_CPU(chunk_fwd);
   run_tasks(forward_tasks(args.in, n, torch::stable::get_num_threads()), in.sequences, bytes,
+            5 * q.size(3),
             [&](const ChunkTask& task, void* scratch) { kernel(args, task, scratch); });
   return {o, final_state};
 }
@@ -143,7 +144,7 @@ Gradients bwd(const Tensor& d_o_, const OptTensor& d_final_state_, const Tensor&
   const int64_t longest = in.longest();
   DF_CPU(chunk_bwd_scratch)(args, longest, &bytes);
   auto* kernel = DF_CPU(chunk_bwd);
-  run_tasks(backward_tasks(args.in, n), in.sequences, bytes,
+  run_tasks(backward_tasks(args.in, n), in.sequences, bytes, 15 * q.size(3),
             [&](const ChunkTask& task, void* scratch) { kernel(args, longest, task, scratch); });
   const Tensor none = empty(q, {0}, type);
   return {dq,

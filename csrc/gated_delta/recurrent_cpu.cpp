@@ -99,7 +99,7 @@ std::tuple<Tensor, Tensor> fwd(const Tensor& q, const Tensor& k, const Tensor& v
   DF_CPU(recurrent_fwd_scratch)(args, &bytes);
   auto* kernel = DF_CPU(recurrent_fwd);
   const int64_t element = compute_type(q) == ScalarType::Double ? 8 : 4;
-  run_tasks(forward_tasks(s, n, element), in.sequences, bytes,
+  run_tasks(forward_tasks(s, n, element), in.sequences, bytes, 3 * s.K,
             [&](const ChunkTask& task, void* scratch) { kernel(args, task, scratch); });
   return {o, final_state};
 }
@@ -156,7 +156,7 @@ Gradients bwd(const Tensor& d_o_, const OptTensor& d_final_state_, const Tensor&
   for (const Sequence& x : in.sequences) longest = std::max(longest, x.end - x.begin);
   DF_CPU(recurrent_bwd_scratch)(args, longest, &bytes);
   auto* kernel = DF_CPU(recurrent_bwd);
-  run_tasks(backward_tasks(s, n), in.sequences, bytes,
+  run_tasks(backward_tasks(s, n), in.sequences, bytes, 14 * s.K,
             [&](const ChunkTask& task, void* scratch) { kernel(args, longest, task, scratch); });
   const Tensor absent = empty(q, {0}, compute_type(q));
   return {dq,
