@@ -158,15 +158,14 @@ Gradients bwd(const Tensor& d_o_, const OptTensor& d_final_state_, const Tensor&
   auto* kernel = DF_CPU(recurrent_bwd);
   run_tasks(backward_tasks(s, n), in.sequences, bytes, 14 * s.K,
             [&](const ChunkTask& task, void* scratch) { kernel(args, longest, task, scratch); });
-  const Tensor absent = empty(q, {0}, compute_type(q));
   return {dq,
           dk,
           dv,
           like(dg, g),
           like(dbeta, beta),
           like(dh0, initial_state),
-          A_log ? sum_over_sequences(dA_log, *A_log, s.HV) : absent,
-          dt_bias ? sum_over_sequences(ddt_bias, *dt_bias, s.HV) : absent};
+          A_log ? sum_over_sequences(dA_log, *A_log, s.HV) : empty_as(none, q),
+          dt_bias ? sum_over_sequences(ddt_bias, *dt_bias, s.HV) : empty_as(none, q)};
 }
 }  // namespace
 }  // namespace df::cpu

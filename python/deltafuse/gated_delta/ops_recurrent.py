@@ -55,9 +55,11 @@ def _fwd_fake(*args):
 
 
 def _bwd_fake(d_o, d_final_state, q, k, v, g, beta, initial_state, cu_seqlens, A_log, dt_bias, *_):
-    absent = q.new_empty((0,), dtype=reference.compute_dtype(q))
+    dtype = reference.compute_dtype(q)
     needed = (q, k, v, g, beta, initial_state, A_log, dt_bias)
-    return tuple(absent if t is None else t.new_empty(t.shape) for t in needed)
+    return tuple(
+        q.new_empty((0,), dtype=dtype) if t is None else t.new_empty(t.shape) for t in needed
+    )
 
 
 def _setup_context(ctx, inputs, output):
