@@ -134,13 +134,20 @@ def limit_of(name, dtype):
     return limits[1] if name in ("dq", "dk", "dv", "dinitial_state") else limits[2]
 
 
-def compare(x, factor=1, function=chunk_gated_delta_rule, dht=True, **options):
-    """function against the float64 recurrence: o, S_T and every gradient within the limits."""
+def compare(
+    x,
+    factor=1,
+    function=chunk_gated_delta_rule,
+    dht=True,
+    reference=naive_recurrent_gated_delta_rule,
+    **options,
+):
+    """function against reference in float64: o, S_T and every gradient within the limits."""
     dtype = x["q"].dtype
     actual = outputs_and_gradients(function, x, dht, **options)
     options.pop("chunk_size", None)
     options.pop("auto_cp", None)
-    expected = outputs_and_gradients(naive_recurrent_gated_delta_rule, exactly(x), dht, **options)
+    expected = outputs_and_gradients(reference, exactly(x), dht, **options)
     for name, value in expected.items():
         assert actual[name].dtype == (
             dtype if name == "o" else x[name[1:]].dtype if name != "ht" else wide_dtype(dtype)

@@ -73,6 +73,16 @@ def test_chunk_sizes(chunk_size):
     compare(make(CASES["T127_wide_K"]), chunk_size=chunk_size)
 
 
+@pytest.mark.parametrize("T", [464, 480, 500])
+def test_backward_that_recomputes_in_segments(T):
+    """So many bytes of states that the backward keeps only those of 16 chunks at a time.
+
+    The chunk reference is compared with here: the recurrence would keep 8 GB for its gradient.
+    """
+    x = make(Case(T=T, HV=8, K=256, V=256))
+    compare(x, reference=naive_chunk_gated_delta_rule, chunk_size=16)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_instruction_sets(cpu_isa, dtype):
     for name in ("T65_group2", "T17", "packed"):

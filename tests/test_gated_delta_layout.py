@@ -141,6 +141,25 @@ def test_every_element_is_written(nan_filled_memory, name):
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["q", "k", "v", "g", "beta"])
+@pytest.mark.parametrize("options", [{}, FUSED], ids=["plain", "fused"])
+def test_scratch_memory_does_not_carry_bad_numbers_on(threads, options, name, bad):
+    """One worker runs the longest sequence first, on the memory that the others use after it."""
+    threads(1)
+    x = make(Case(T=207, HV=3, K=20, V=27, lengths=(37, 105, 5, 60)), fused=bool(options))
+    expected = outputs_and_gradients(chunk_gated_delta_rule, x, **options)
+    with torch.no_grad():
+        x[name][:, 37:142] = bad
+    actual = outputs_and_gradients(chunk_gated_delta_rule, x, **options)
+    rest = torch.ones(207, dtype=torch.bool)
+    rest[37:142] = False
+    for key in ("o", "dq", "dk", "dv", "dg", "dbeta"):
+        assert torch.equal(actual[key][:, rest], expected[key][:, rest]), key
+    for key in ("ht", "dinitial_state"):
+        assert torch.equal(actual[key][[0, 2, 3]], expected[key][[0, 2, 3]]), key
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_bad_numbers_stay_in_their_sequence_and_head(bad):
     x = make(Case(B=2, T=100, H=2, HV=4), torch.float32)
     expected = outputs_and_gradients(chunk_gated_delta_rule, x)

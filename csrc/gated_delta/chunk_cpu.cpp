@@ -146,15 +146,15 @@ Gradients bwd(const Tensor& d_o_, const OptTensor& d_final_state_, const Tensor&
   auto* kernel = DF_CPU(chunk_bwd);
   run_tasks(backward_tasks(args.in, n), in.sequences, bytes, 15 * q.size(3),
             [&](const ChunkTask& task, void* scratch) { kernel(args, longest, task, scratch); });
-  const Tensor none = empty(q, {0}, type);
+  const auto none = [&] { return empty(q, {0}, type); };  // outputs must not alias
   return {dq,
           dk,
           dv,
           torch::stable::to(dg, g.scalar_type()),
           torch::stable::to(dbeta, beta.scalar_type()),
           initial_state ? torch::stable::to(dh0, initial_state->scalar_type()) : dh0,
-          A_log ? sum_over_sequences(dA_log, *A_log, HV) : none,
-          dt_bias ? sum_over_sequences(ddt_bias, *dt_bias, HV) : none};
+          A_log ? sum_over_sequences(dA_log, *A_log, HV) : none(),
+          dt_bias ? sum_over_sequences(ddt_bias, *dt_bias, HV) : none()};
 }
 }  // namespace
 }  // namespace df::cpu

@@ -26,6 +26,12 @@ inline void scale_row(T* row, T x, int64_t n) {
   for (int64_t i = 0; i < n; i += kLanes<T>) store(row + i, load(row + i) * x);
 }
 
+// Zeroes the padding of a row, which NaN of an earlier task may have reached.
+template <class T>
+inline void clear_padding(T* row, int64_t n) {
+  for (int64_t i = n; i < round_up<T>(n); ++i) row[i] = 0;
+}
+
 // to[i] = row `begin + i` of a tensor, for one head.
 template <class T>
 void load_panel(const Input& x, int64_t batch, int64_t begin, int64_t head, int64_t rows, int64_t n,
@@ -34,8 +40,10 @@ void load_panel(const Input& x, int64_t batch, int64_t begin, int64_t head, int6
     using E = typename decltype(tag)::type;
     if constexpr (std::is_same_v<Compute<E>, T>) {
       const E* from = static_cast<const E*>(x.data) + column;
-      for (int64_t i = 0; i < rows; ++i)
+      for (int64_t i = 0; i < rows; ++i) {
         load_row(from + x.at(batch, begin + i, head), to + i * ld, n);
+        clear_padding(to + i * ld, n);
+      }
     }
   });
 }
@@ -96,7 +104,7 @@ void load_state(const ChunkInputs& in, const State& state, int64_t index, int64_
       if (!in.state_v_first)
         for (int64_t a = 0; a < K; ++a) {
           load_row(from + a * V + v0, S + a * ld, n);
-          for (int64_t c = n; c < round_up<T>(n); ++c) S[a * ld + c] = 0;
+          clear_padding(S + a * ld, n);
         }
       else
         for (int64_t c = 0; c < n; c += L)

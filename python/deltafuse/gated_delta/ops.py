@@ -56,9 +56,11 @@ def _fwd_fake(*args):
 
 def _bwd_fake(d_o, d_final_state, *args):
     call = Call(*args)
-    absent = call.q.new_empty((0,), dtype=reference.compute_dtype(call.q))
-    needed = (*call[:6], call.A_log, call.dt_bias)
-    return tuple(absent if t is None else t.new_empty(t.shape) for t in needed)
+    dtype = reference.compute_dtype(call.q)
+    inputs = (*call[:6], call.A_log, call.dt_bias)
+    return tuple(
+        call.q.new_empty((0,), dtype=dtype) if t is None else t.new_empty(t.shape) for t in inputs
+    )
 
 
 def _setup_context(ctx, inputs, output):
