@@ -8,6 +8,7 @@ from deltafuse import _library
 from deltafuse.gated_delta import (
     chunk_gated_delta_rule,
     chunk_gdn,
+    gated_delta_rule_decode,
     naive_chunk_gated_delta_rule,
     naive_recurrent_gated_delta_rule,
 )
@@ -167,6 +168,22 @@ def test_a_written_value_is_read_back(dtype, limit):
     x["q"] = x["k"]
     o, _ = chunk_gated_delta_rule(**x, scale=0.7, use_qk_l2norm_in_kernel=dtype != torch.float64)
     assert_close("o", o, 0.7 * x["v"], limit)
+
+
+def test_equals_repeated_decoding():
+    """A prompt at once and token by token: the same outputs, and the same state to go on from."""
+    x = {name: t.detach() for name, t in make(Case(B=2, T=70, HV=4), fused=True).items()}
+    options = {**FUSED, "allow_neg_eigval": False}
+    o, ht = chunk_gated_delta_rule(**x, output_final_state=True, **options)
+    state, outputs = x["initial_state"].clone(), []
+    for t in range(70):
+        q, k, v, a, b = (x[name][:, t : t + 1] for name in ("q", "k", "v", "g", "beta"))
+        step = gated_delta_rule_decode(
+            q, k, v, state, x["A_log"], a, x["dt_bias"], b, state_v_first=False
+        )
+        outputs.append(step)
+    assert_close("o", torch.cat(outputs, 1), o, 5e-6)
+    assert_close("ht", state, ht, 5e-6)
 
 
 def test_linear_in_values_and_state():

@@ -130,7 +130,7 @@ def test_debug_mode_looks_at_values(monkeypatch):
     monkeypatch.setattr(ops, "_debug", True)
     x = make(Case(T=10, lengths=(4, 6)))
     chunk_gated_delta_rule(**x)
-    for bad in ([0, 6, 4], [0, 4, 11], [-1, 4, 6]):
+    for bad in ([0, 6, 4], [0, 4, 11], [1, 4, 6]):
         with pytest.raises(ValueError, match=r"cu_seqlens.*" + re.escape(str(bad))):
             chunk_gated_delta_rule(**{**x, "cu_seqlens": torch.tensor(bad)})
     g = x["g"].detach().clone()

@@ -121,8 +121,8 @@ def check_values(op, g, cu_seqlens, T):
         _checks.fail(op, f"g of shape {tuple(g.shape)} holds NaN or +inf")
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
-        if bounds[0] < 0 or bounds[-1] > T or bounds != sorted(bounds):
-            _checks.fail(op, f"cu_seqlens must rise within [0, T = {T}], got {bounds}")
+        if bounds[0] != 0 or bounds[-1] > T or bounds != sorted(bounds):
+            _checks.fail(op, f"cu_seqlens must rise from 0 to at most T = {T}, got {bounds}")
 
 
 def _check_indices(op, name, tensor, meaning):
