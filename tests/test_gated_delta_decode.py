@@ -363,7 +363,7 @@ BAD = {
     "state must be .* got": {"state": torch.zeros(3, 2, 16, 8)},
     "float64": {"state": torch.zeros(3, 2, 8, 16).double()},
     "must be contiguous": {"state": torch.zeros(3, 2, 16, 8).mT},
-    "must be contiguous, got strides": {"state": torch.zeros(1, 2, 8, 16).expand(3, -1, -1, -1)},
+    "overlap": {"state": torch.zeros(1, 2, 8, 16).expand(3, -1, -1, -1)},
     "slot a row": {"state": torch.zeros(1, 2, 8, 16)},
     "state_indices must be": {"state_indices": torch.zeros(3).long()},
     "output_state_indices must be": {"output_state_indices": torch.zeros(2, 1).int()},

@@ -65,20 +65,15 @@ def gated_delta_rule_decode(
         ValueError, TypeError: for shapes, dtypes, layouts or devices other than these.
         RuntimeError: on the CPU, for an index beyond the pool.
     """
-    _check(q, k, v, state, A_log, a, dt_bias, b)
+    _check(q, k, v, A_log, a, dt_bias, b)
     slot = _check_state(q, v, state, state_v_first)
-    indices = {"state_indices": state_indices, "output_state_indices": output_state_indices}
-    _check_indices(q, state, indices)
+    _check_indices(q, state, state_indices, output_state_indices)
     if output is None:
         output = torch.empty_like(v, memory_format=torch.contiguous_format)
     else:
         _check_written("output", output, v.shape, "[B, T, HV, V]", q)
-        if output.stride(3) != 1 and output.shape[3] > 1:
-            _checks.fail(OP, f"output must have a unit last stride, got {output.stride()}")
     if snapshots is not None:
         _check_written("snapshots", snapshots, (*q.shape[:2], *slot), "[B, T, HV, ...]", state)
-        if not snapshots.is_contiguous():
-            _checks.fail(OP, f"snapshots must be contiguous, got strides {snapshots.stride()}")
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     kernel = _library.kernel("gated_delta_decode", q)
     if q.is_cuda and (q.shape[3] > MAX_CUDA_K or q.dtype == torch.float64):
@@ -103,70 +98,81 @@ def gated_delta_rule_decode(
     return output
 
 
-def _check(q, k, v, state, A_log, a, dt_bias, b):
-    given = {"q": q, "k": k, "v": v, "state": state, "A_log": A_log, "a": a, "b": b}
-    if dt_bias is not None:
-        given["dt_bias"] = dt_bias
-    for name, tensor in given.items():
-        _checks.expect_float(OP, name, tensor)
+def _check(q, k, v, A_log, a, dt_bias, b):
     _checks.expect_dim(OP, "q", q, 4, "[B, T, H, K]")
     _checks.expect_dim(OP, "v", v, 4, "[B, T, HV, V]")
-    _checks.expect_shape(OP, "k", k, q.shape, "the shape of q, [B, T, H, K]")
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
-    if v.shape[:2] != q.shape[:2] or min(H, K, HV, V) < 1 or HV % H:
+    if min(H, K, HV, V) < 1 or HV % H:
         _checks.fail(
             OP,
-            f"v must be [B, T, HV, V] with HV a multiple of q's H, got q {tuple(q.shape)} and "
+            f"v's heads must be a positive multiple of q's H, got q {tuple(q.shape)} and "
             f"v {tuple(v.shape)}",
         )
     if not 1 <= T <= MAX_TOKENS:
         _checks.fail(OP, f"T must be in 1..{MAX_TOKENS}, got q of shape {tuple(q.shape)}")
-    for name, tensor in (("a", a), ("b", b)):
-        _checks.expect_shape(OP, name, tensor, (B, T, HV), "[B, T, HV]")
-    for name, tensor in (("A_log", A_log), ("dt_bias", dt_bias)):
-        if tensor is not None:
-            _checks.expect_shape(OP, name, tensor, (HV,), "[HV]")
-    _checks.expect_same_dtype(OP, q=q, k=k, v=v)
-    _checks.expect_same_device(OP, **given)
+    _expect("q", q, q, (B, T, H, K), "[B, T, H, K]")
+    _expect("k", k, q, (B, T, H, K), "the shape of q, [B, T, H, K]")
+    _expect("v", v, q, (B, T, HV, V), "[B, T, HV, V]")
+    _expect("a", a, q, (B, T, HV), "[B, T, HV]")
+    _expect("b", b, q, (B, T, HV), "[B, T, HV]")
+    _expect("A_log", A_log, q, (HV,), "[HV]")
+    if dt_bias is not None:
+        _expect("dt_bias", dt_bias, q, (HV,), "[HV]")
+    if not q.dtype == k.dtype == v.dtype:
+        _checks.expect_same_dtype(OP, q=q, k=k, v=v)
+
+
+def _expect(name, tensor, q, shape, meaning):
+    """A floating-point tensor of this shape on the device of q; one comparison each if it is."""
+    if tensor.shape == shape and tensor.dtype in _checks.FLOATS and tensor.device == q.device:
+        return
+    _checks.expect_float(OP, name, tensor)
+    _checks.expect_shape(OP, name, tensor, shape, meaning)
+    _checks.expect_same_device(OP, q=q, **{name: tensor})
 
 
 def _check_state(q, v, state, state_v_first):
     """The shape of a slot: [HV, V, K] or [HV, K, V], contiguous in a pool of any slot stride."""
     K, (HV, V) = q.shape[3], v.shape[2:]
-    slot = (HV, V, K) if state_v_first else (HV, K, V)
     meaning = "[P, HV, V, K]" if state_v_first else "[P, HV, K, V]"
     _checks.expect_dim(OP, "state", state, 4, meaning)
-    P = state.shape[0]
-    _checks.expect_shape(OP, "state", state, (P, *slot), meaning)
-    strides, sizes = (slot[1] * slot[2], slot[2], 1), state.shape[1:]
-    apart = P <= 1 or state.stride(0) >= HV * K * V
-    dense = all(
+    slot = (HV, V, K) if state_v_first else (HV, K, V)
+    P, apart, *strides = state.shape[0], *state.stride()
+    _expect("state", state, q, (P, *slot), meaning)
+    dense = [slot[1] * slot[2], slot[2], 1]
+    # the stride of a dimension of size one means nothing
+    if strides != dense and not all(
         size == 1 or stride == expected
-        for size, stride, expected in zip(sizes, state.stride()[1:], strides, strict=True)
-    )
-    if not (apart and dense):
+        for size, stride, expected in zip(slot, strides, dense, strict=True)
+    ):
         _checks.fail(
             OP,
             f"each slot of state {tuple(state.shape)} must be contiguous, got strides "
             f"{state.stride()}",
         )
+    if P > 1 and apart < HV * K * V:
+        _checks.fail(OP, f"the slots of state overlap, got strides {state.stride()}")
     if (q.dtype == torch.float64) != (state.dtype == torch.float64):
         _checks.fail(OP, f"float64 q and state go together, got {q.dtype} and {state.dtype}")
     return slot
 
 
-def _check_indices(q, state, indices):
-    B, P = q.shape[0], state.shape[0]
-    for name, tensor in indices.items():
+def _check_indices(q, state, state_indices, output_state_indices):
+    if state_indices is None and state.shape[0] < q.shape[0]:
+        _checks.fail(
+            OP, f"state must have a slot a row of q {tuple(q.shape)}, got {state.shape[0]}"
+        )
+    for name, tensor in (
+        ("state_indices", state_indices),
+        ("output_state_indices", output_state_indices),
+    ):
         if tensor is None:
             continue
         if tensor.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{OP}: {name} must be int32 or int64, got {tensor.dtype}")
-        _checks.expect_shape(OP, name, tensor, (B,), "[B]")
-    _checks.expect_same_device(OP, q=q, **indices)
-    if indices["state_indices"] is None and P < B:
-        _checks.fail(OP, f"state must have a slot a row of q {tuple(q.shape)}, got P = {P}")
+        _checks.expect_shape(OP, name, tensor, q.shape[:1], "[B]")
+        _checks.expect_same_device(OP, q=q, **{name: tensor})
 
 
 def _check_written(name, tensor, shape, meaning, like):
@@ -174,3 +180,8 @@ def _check_written(name, tensor, shape, meaning, like):
     if tensor.dtype != like.dtype:
         raise TypeError(f"{OP}: {name} must be {like.dtype}, got {tensor.dtype}")
     _checks.expect_same_device(OP, q=like, **{name: tensor})
+    if name == "output":
+        if tensor.stride(3) != 1 and tensor.shape[3] > 1:
+            _checks.fail(OP, f"output must have a unit last stride, got {tensor.stride()}")
+    elif not tensor.is_contiguous():
+        _checks.fail(OP, f"{name} must be contiguous, got strides {tensor.stride()}")
