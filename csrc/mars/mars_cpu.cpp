@@ -14,6 +14,7 @@ using namespace cpu;
 namespace {
 using Tensors = std::vector<Tensor>;
 constexpr int64_t kWindow = 1 << 20;  // elements; g and h of a window are 8 MB in fp32
+constexpr int64_t kLeastWork = 1 << 13;
 constexpr double kMaxStep = 1 << 24;  // float32 counts no further
 constexpr double kMinAgreement = 1e-3;
 
@@ -65,11 +66,16 @@ struct Item {
   int64_t begin, end;
 };
 
-// Threads draw the items one by one: nobody waits for a thread that lost its core.
+// Threads draw the items one by one: nobody waits for a thread that lost its core. Fewer elements
+// than a thread does in about ten microseconds wake no other one.
 template <class Fn>
-void run(size_t items, const Fn& fn) {
+void run(const std::vector<Item>& list, const Fn& fn) {
   std::atomic<size_t> next{0};
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), items);
+  const size_t items = list.size();
+  int64_t elements = 0;
+  for (const Item& item : list) elements += item.end - item.begin;
+  const int64_t threads = std::min(
+      {int64_t(torch::stable::get_num_threads()), int64_t(items), 1 + elements / kLeastWork});
   parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
     for (int64_t thread = first; thread < last; ++thread)
       for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) fn(i);
@@ -89,7 +95,7 @@ template <class Kernel>
 void reduce(const std::vector<MarsTensor>& list, const std::vector<Item>& items, Kernel part,
             std::vector<double>& sums) {
   std::vector<double> parts(items.size());
-  run(items.size(), [&](size_t i) {
+  run(items, [&](size_t i) {
     const MarsTensor& t = list[items[i].tensor];
     if (t.h) part(t, items[i].begin, items[i].end, &parts[i]);
   });
@@ -195,7 +201,7 @@ void update(std::vector<MarsTensor>& list, const Options& o) {
       for (size_t i = begin; i < end; ++i)
         list[i].caution_scale = 1 / std::max(agreeing[i] / double(list[i].n), kMinAgreement);
     }
-    run(items.size(), [&](size_t i) {
+    run(items, [&](size_t i) {
       const Item& item = items[items.size() - 1 - i];
       step(list[item.tensor], item.begin, item.end);
     });
