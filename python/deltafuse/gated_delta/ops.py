@@ -207,7 +207,7 @@ def chunk_gated_delta_rule(
     """
     state_v_first = _legacy_layout(state_v_first, legacy)
     check_options(OP, chunk_size, save_states, precision, auto_cp, cp_context)
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     check_inputs(OP, q, k, v, g, beta)
     check_gate(OP, v, use_gate_in_kernel, A_log, dt_bias)
     sigmoid_scale = check_sigmoid(OP, use_beta_sigmoid_in_kernel, allow_neg_eigval)
@@ -215,7 +215,7 @@ def chunk_gated_delta_rule(
     check_states(OP, q, v, N, initial_state, output_state, state_indices, state_v_first)
     if _debug:
         check_values(OP, g, cu_seqlens, q.shape[1])
-    g, beta = _gate_dtype(q, g), _gate_dtype(q, beta)
+    g, beta = gate_dtype(q, g), gate_dtype(q, beta)
     state = _read_states(initial_state, state_indices, reference.compute_dtype(q))
     scale = q.shape[3] ** -0.5 if scale is None else scale
     tensors = (q, k, v, g, beta, state, cu_seqlens, A_log, dt_bias)
@@ -248,7 +248,7 @@ def _legacy_layout(state_v_first, legacy):
     return state_v_first
 
 
-def _autocast(*tensors):
+def autocast(*tensors):
     """Follows autocast, as matrix products do; gates, betas and states keep their precision."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
@@ -259,7 +259,7 @@ def _autocast(*tensors):
     )
 
 
-def _gate_dtype(q, tensor):
+def gate_dtype(q, tensor):
     """g and beta may have any float dtype; float64 goes with float64 q only."""
     if (q.dtype == torch.float64) == (tensor.dtype == torch.float64):
         return tensor

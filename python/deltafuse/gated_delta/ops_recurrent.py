@@ -7,7 +7,7 @@ import torch
 
 from .. import _checks, _library
 from . import reference
-from .ops import _autocast, _gate_dtype
+from .ops import autocast, gate_dtype
 from .validation import (
     MAX_HEAD,
     check_gate,
@@ -177,7 +177,7 @@ def fused_recurrent_gated_delta_rule(
         ValueError: shapes, dtypes or options that do not fit together, named in the message.
         TypeError: tensors that are not floating point.
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     _check_arguments(q, k, v, g, gk, gv, beta)
     if use_gate_in_kernel and g is None:
         _checks.fail(OP, "use_gate_in_kernel=True needs g [B, T, HV], got None")
@@ -187,7 +187,7 @@ def fused_recurrent_gated_delta_rule(
     sigmoid_scale = check_sigmoid(OP, use_beta_sigmoid_in_kernel, allow_neg_eigval)
     N = check_sequences(OP, q, cu_seqlens)
     check_states(OP, q, v, N, initial_state, None, None, state_v_first)
-    g, gk, gv, beta = (t if t is None else _gate_dtype(q, t) for t in (g, gk, gv, beta))
+    g, gk, gv, beta = (t if t is None else gate_dtype(q, t) for t in (g, gk, gv, beta))
     if initial_state is not None:
         initial_state = initial_state.to(reference.compute_dtype(q))
     call = Call(
