@@ -1,9 +1,7 @@
 // Gated delta rule, 1 to 8 tokens on an indexed pool of states, in place:
-//   u = beta (v - e^g S k^);  S <- e^g S + u k^T;  o = S q^          (S is V x K, whatever the
-//   layout)
+//   u = beta (v - e^g S k^);  S <- e^g S + u k^T;  o = S q^        (S is V x K in both layouts)
 // Task = (row, value head, tile of 64 rows of V): 32 KB of float state at K = 128, read from memory
-// once, then from L1. States of the compute type are updated where they are, others through
-// scratch.
+// once, then from L1. States of the compute type are updated in place, others through scratch.
 #include "common/cpu/convert.h"
 #include "gated_delta/decode.h"
 #include "gated_delta/preact.h"

@@ -1,7 +1,6 @@
 // Gated delta rule, 1 to 8 tokens on an indexed pool of states, in place:
 //   g = -exp(A_log) softplus(a + dt_bias); beta = sigmoid(b); k^ = k / |k|; q^ = scale q / |q|
-//   u = beta (v - e^g S k^);  S <- e^g S + u k^T;  o = S q^          (S is V x K, whatever the
-//   layout)
+//   u = beta (v - e^g S k^);  S <- e^g S + u k^T;  o = S q^        (S is V x K in both layouts)
 //
 // CTA = (row, value head, V tile), 32 to 128 threads: fewer, with a smaller tile, while the grid
 // would not give every SM two CTAs. Threads: kLanes of them share the K of a row of S and hold
@@ -14,8 +13,9 @@
 // whose rows are not whole vectors, take the variant with kVec = 1.
 // The state is requested first; while it travels, the warps stage q^, k^, v and the gates as float.
 // Shared memory: 4 T (2 kTileK + tile + 2) bytes (1.2 KB at T=1, K=128; 18.5 KB at T=8, K=256), in
-// the order in which a thread reads its slice. Reads are free of bank conflicts, staging is 4-way.
-// Registers: kRows * kSlice (16 to 64) of state, about 60 of addresses and operands.
+// the order in which a thread reads its slice. Reads of q^ and k^ are free of bank conflicts, those
+// of v at most 2-way (k_first), the stores of the staging up to 4-way.
+// Registers: kRows * kSlice (16 to 64) of state; in all at most 126 (v_first), 156 (k_first).
 // Bytes a CTA: its part of S once in and once out, 2 K + 2 tile elements a token.
 // FLOPs: 6 K tile a token. Bound by memory: 0.75 FLOP a byte for one token and a float state.
 #pragma once
