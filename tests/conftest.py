@@ -9,6 +9,8 @@ from pathlib import Path
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 # scalar code for what surrounds our operators: trying out vector instructions compiles for 15 s
 os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "0"
+# threads that wait spin, by default: on a machine with other work tests take twenty times as long
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
