@@ -32,4 +32,26 @@ DF_SCHEMAS(m) {
       " Tensor? dt_bias, Tensor b, float scale, Tensor(b!) output, bool l2norm,"
       " Tensor? state_indices, Tensor? output_state_indices, bool state_v_first,"
       " Tensor(c!)? snapshots) -> ()");
+  // depthwise over x [B,T,D] with weight [D,W]; states [N,D,W-1] in x's dtype
+  m.def(
+      "causal_conv1d_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state,"
+      " Tensor? cu_seqlens, bool silu, bool output_final_state) -> (Tensor y, Tensor final_state)");
+  m.def(
+      "causal_conv1d_bwd(Tensor dy, Tensor? d_final_state, Tensor x, Tensor weight, Tensor? bias,"
+      " Tensor? initial_state, Tensor? cu_seqlens, bool silu)"
+      " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor d_initial_state)");
+  m.def(
+      "causal_conv1d_update(Tensor x, Tensor(a!) state, Tensor weight, Tensor? bias, bool silu)"
+      " -> Tensor");
+  // rows [rows, V], [rows, HV]
+  m.def("gated_rms_norm_fwd(Tensor x, Tensor weight, Tensor? gate, float eps) -> Tensor");
+  m.def(
+      "gated_rms_norm_bwd(Tensor dy, Tensor x, Tensor weight, Tensor? gate, float eps)"
+      " -> (Tensor dx, Tensor dweight, Tensor dgate)");
+  m.def("l2norm_fwd(Tensor x, float eps) -> Tensor");
+  m.def("l2norm_bwd(Tensor dy, Tensor x, float eps) -> Tensor");
+  m.def("gdn_gate_fwd(Tensor a, Tensor A_log, Tensor? dt_bias) -> Tensor");
+  m.def(
+      "gdn_gate_bwd(Tensor dg, Tensor a, Tensor A_log, Tensor? dt_bias)"
+      " -> (Tensor da, Tensor dA_log, Tensor ddt_bias)");
 }

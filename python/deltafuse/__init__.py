@@ -1,7 +1,11 @@
 """deltafuse: fused CPU and CUDA kernels for linear-attention language models."""
 
 from . import _library, gated_delta, optim
-from .gated_delta import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+from .gated_delta import (
+    GatedDeltaNet,
+    chunk_gated_delta_rule,
+    fused_recurrent_gated_delta_rule,
+)
 from .optim import MARS
 
 backend_info = _library.backend_info
@@ -9,6 +13,7 @@ build_info = _library.build_info
 has_cuda = _library.has_cuda
 __version__ = "0.1.0"
 __all__ = [
+    "GatedDeltaNet",
     "MARS",
     "backend_info",
     "build_info",
