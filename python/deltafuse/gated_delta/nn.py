@@ -271,11 +271,23 @@ class GatedDeltaNet(nn.Module):
         return o, {"recurrent_state": state, "conv_state": conv_states}
 
     def _convolved(self, x, states, use_cache, cu_seqlens):
-        """q, k, v after convolution and SiLU, and the tuple of the convolutions' new states."""
+        """q, k, v after convolution and SiLU, and the tuple of the convolutions' new states.
+
+        Decoding replaces the states in the cache in place, which saves its copies.
+        """
         inputs = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if not self.use_short_conv:
             return *map(F.silu, inputs), None
         convolutions = self.q_conv1d, self.k_conv1d, self.v_conv1d
+        if (
+            use_cache
+            and states is not None
+            and cu_seqlens is None
+            and not torch.is_grad_enabled()
+            and all(state.dtype == y.dtype for state, y in zip(states, inputs, strict=True))
+        ):
+            steps = zip(convolutions, inputs, states, strict=True)
+            return *(convolution.step(y, state) for convolution, y, state in steps), states
         states = states or (None, None, None)
         outputs, new_states = zip(
             *(
