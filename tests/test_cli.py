@@ -1,0 +1,252 @@
+"""Bad input of the command: one line on stderr, exit code 2, nothing overwritten."""
+
+import json
+import resource
+import shutil
+
+import pytest
+
+from deltafuse.cli import PRESETS, main
+from deltafuse.models import PRESETS as MODEL_PRESETS
+from deltafuse.models import ModelConfig
+from deltafuse.train import commands
+from deltafuse.train.run_folder import RunFolder
+
+FLAGS = [
+    "--steps",
+    "4",
+    "--batch",
+    "1",
+    "--context",
+    "16",
+    "--checkpoint-every",
+    "2",
+    "--device",
+    "cpu",
+]
+
+
+SMALL = ModelConfig(
+    hidden_size=32, num_layers=2, num_heads=1, num_v_heads=1, head_dim=16, mlp_size=32
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_model():
+    """A model and a sample that take no time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MODEL_PRESETS, "tiny", SMALL)
+        patch.setattr(commands, "SAMPLE_BYTES", 4)
+        yield
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("some text to learn\n" * 30)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "text.txt").write_text("some text to learn\n" * 30)
+    out = folder / "run"
+    assert main(["train", "--data", str(folder / "text.txt"), "--out", str(out), *FLAGS]) == 0
+    return out
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of a finished run, to be damaged."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def refuse(capsys, arguments, *parts):
+    """The command must end with code 2 and one line that has the parts."""
+    capsys.readouterr()
+    try:
+        code = main([str(a) for a in arguments])
+    except SystemExit as exit:
+        code = exit.code
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if not line.startswith("step ")]
+    assert code == 2, captured
+    assert len(lines) == 1, captured.err
+    for part in parts:
+        assert part in lines[0]
+
+
+def snapshot(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    "flags, parts",
+    [
+        (["--steps", "0"], ["--steps", "must be a whole number >= 1, got 0"]),
+        (["--steps", "many"], ["--steps", "must be a whole number"]),
+        (["--lr", "nan"], ["--lr", "must be a number"]),
+        (["--lr", "-1"], ["--lr must be a positive number"]),
+        (["--seed", "-3"], ["--seed"]),
+        (["--preset", "huge"], ["--preset", "huge"]),
+        (["--optimizer", "sgd"], ["--optimizer", "sgd"]),
+        (["--colour", "red"], ["--colour"]),
+        (["--step", "3"], ["--step"]),
+    ],
+)
+def test_bad_flags_of_train(capsys, text, tmp_path, flags, parts):
+    out = tmp_path / "run"
+    refuse(capsys, ["train", "--data", text, "--out", out, *flags], "deltafuse", *parts)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "flags, part",
+    [
+        (["--temperature", "-1"], "--temperature"),
+        (["--top-p", "1.5"], "--top-p"),
+        (["--tokens", "-1"], "--tokens"),
+        (["--tokens", "2.5"], "--tokens"),
+    ],
+)
+def test_bad_flags_of_generate(capsys, run, flags, part):
+    refuse(capsys, ["generate", run, *flags], part)
+
+
+def test_missing_and_unknown_command(capsys):
+    refuse(capsys, [], "COMMAND")
+    refuse(capsys, ["fly"], "fly")
+
+
+def test_bad_data(capsys, tmp_path):
+    out = tmp_path / "run"
+    refuse(capsys, ["train", "--data", tmp_path / "no", "--out", out], "no such file or folder")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    refuse(capsys, ["train", "--data", empty, "--out", out], "empty corpus")
+    short = tmp_path / "short.txt"
+    short.write_text("short")
+    refuse(capsys, ["train", "--data", short, "--out", out], "shorter than one context")
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"\0\1\2" * 100)
+    refuse(capsys, ["train", "--data", binary, "--out", out], "binary file", str(binary))
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes(b"\xe9t\xe9 " * 100)
+    refuse(capsys, ["train", "--data", latin, "--out", out], "not UTF-8", str(latin))
+    assert not out.exists()
+
+
+def test_run_is_not_overwritten(capsys, text, run):
+    before = snapshot(run)
+    refuse(capsys, ["train", "--data", text, "--out", run, *FLAGS], "already holds a run")
+    assert snapshot(run) == before
+
+
+def test_out_that_cannot_be_a_folder(capsys, text, tmp_path):
+    refuse(capsys, ["train", "--data", text, "--out", text], "is a file")
+    refuse(capsys, ["train", "--data", text, "--out", text / "below"], "below")
+
+
+def test_resume_with_other_settings_names_the_difference(capsys, run):
+    before = snapshot(run)
+    base = ["train", "--out", run, "--resume"]
+    refuse(capsys, [*base, "--steps", "9"], "--steps 9 differs", "which has 4")
+    refuse(capsys, [*base, "--optimizer", "adamw"], "--optimizer adamw differs", "mars")
+    refuse(capsys, [*base, "--seed", "5"], "--seed 5 differs")
+    assert snapshot(run) == before
+
+
+def test_resume_without_a_run(capsys, text, tmp_path):
+    refuse(capsys, ["train", "--data", text, "--out", tmp_path / "no", "--resume"], "no such run")
+    (tmp_path / "empty").mkdir()
+    refuse(capsys, ["train", "--out", tmp_path / "empty", "--resume"], "no run to continue")
+
+
+def test_resume_with_changed_data(capsys, run):
+    config = json.loads((run / "config.json").read_text())
+    config["corpus"]["sha256"] = "0" * 64
+    (run / "config.json").write_text(json.dumps(config))
+    refuse(capsys, ["train", "--out", run, "--resume"], "data is not what")
+
+
+def test_damaged_checkpoint(capsys, run):
+    path = RunFolder(run).checkpoint
+    good = path.read_bytes()
+    for bad in (good[:-10], good[:100], b"", b"x" * 1000):
+        path.write_bytes(bad)
+        refuse(capsys, ["generate", run], "corrupt", str(path))
+    flipped = bytearray(good)
+    flipped[-5] ^= 1
+    path.write_bytes(flipped)
+    refuse(capsys, ["train", "--out", run, "--resume"], "checksum does not match")
+    assert path.read_bytes() == flipped
+
+
+def test_checkpoint_of_another_config(capsys, run):
+    config = json.loads((run / "config.json").read_text())
+    config["model"]["num_layers"] = 3
+    (run / "config.json").write_text(json.dumps(config))
+    for arguments in (["generate", run], ["train", "--out", run, "--resume"]):
+        refuse(capsys, arguments, "checkpoint of another config: num_layers is 2", "3 in")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"model": 3}', '{"model": {"a": 1}}'])
+def test_damaged_config(capsys, run, content):
+    (run / "config.json").write_text(content)
+    refuse(capsys, ["generate", run], "config.json is not the config of a run")
+
+
+def test_generate_without_a_run(capsys, tmp_path):
+    refuse(capsys, ["generate", tmp_path / "nowhere"], "no such run folder", "nowhere")
+    refuse(capsys, ["generate", tmp_path], "config.json")
+
+
+def test_full_disk_keeps_the_last_checkpoint(capsys, text, tmp_path):
+    """The limit lets the small files through and stops the checkpoint, as a small disk would."""
+    out = tmp_path / "run"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        arguments = ["train", "--data", text, "--out", out, *FLAGS]
+        refuse(capsys, arguments, "cannot write", "state.safetensors: File too large")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list((out / "checkpoint").iterdir()) == []
+    assert main(["train", "--out", str(out), "--resume", "--device", "cpu"]) == 0
+
+
+def test_missing_optional_dependency_is_named(capsys, monkeypatch, text, tmp_path):
+    import importlib.util
+
+    plain = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else plain(name)
+    )
+    arguments = ["train", "--data", text, "--out", tmp_path / "run", *FLAGS]
+    refuse(capsys, arguments, "matplotlib not installed: pip install 'deltafuse[train]'")
+    assert not (tmp_path / "run").exists()
+
+
+def test_diverged_loss_is_reported(capsys, text, tmp_path):
+    arguments = ["train", "--data", text, "--out", tmp_path / "run", *FLAGS, "--lr", "1e30"]
+    refuse(capsys, arguments, "the loss is", "smaller --lr")
+
+
+def test_info_lists_versions_and_operators(capsys):
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    for part in ("deltafuse", "torch", "instruction set", "threads", "gated_delta_fwd"):
+        assert part in out
+
+
+def test_help_of_every_command(capsys):
+    for arguments in (["--help"], ["train", "--help"], ["generate", "--help"], ["info", "--help"]):
+        with pytest.raises(SystemExit) as exit:
+            main(arguments)
+        assert exit.value.code == 0
+    assert "--temperature" in capsys.readouterr().out
+
+
+def test_presets_of_the_flag_are_those_of_the_models():
+    assert set(PRESETS) == set(MODEL_PRESETS)

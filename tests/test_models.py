@@ -1,0 +1,100 @@
+"""The language model: sizes, causality, and that decoding with a cache equals the full forward."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from deltafuse.models import PRESETS, GatedDeltaLM, ModelConfig
+from deltafuse.testing import assert_close
+
+SMALL = ModelConfig(
+    hidden_size=32, num_layers=2, num_heads=1, num_v_heads=2, head_dim=16, mlp_size=48
+)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return GatedDeltaLM(SMALL).eval()
+
+
+def tokens_of(length, batch=2):
+    return torch.randint(256, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def test_config_survives_json():
+    config = dataclasses.replace(SMALL, norm_eps=1e-6)
+    assert ModelConfig.from_json(config.to_json()) == config
+    assert json.loads(config.to_json())["hidden_size"] == 32
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"hidden_size": 0}, "hidden_size must be a whole number"),
+        ({"num_layers": 2.5}, "num_layers must be a whole number"),
+        ({"num_heads": 2, "num_v_heads": 3}, "num_v_heads .3. must be a multiple of num_heads .2."),
+        ({"head_dim": 200}, "must be at most 256"),
+        ({"norm_eps": 0.0}, "norm_eps must be > 0"),
+    ],
+)
+def test_config_names_what_is_wrong(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**changes)
+
+
+def test_config_refuses_unknown_and_missing_names():
+    values = dataclasses.asdict(SMALL)
+    with pytest.raises(ValueError, match="colour"):
+        ModelConfig.from_dict({**values, "colour": 1})
+    del values["mlp_size"]
+    with pytest.raises(ValueError, match="mlp_size"):
+        ModelConfig.from_dict(values)
+
+
+def test_presets_grow():
+    sizes = []
+    for name in ("tiny", "small", "medium"):
+        with torch.device("meta"):
+            sizes.append(sum(p.numel() for p in GatedDeltaLM(PRESETS[name]).parameters()))
+    assert sizes == sorted(sizes)
+    assert sizes[0] < 2e6
+
+
+def test_head_shares_the_embedding(model):
+    names = dict(model.named_parameters())
+    assert sum(256 in p.shape for p in names.values()) == 1
+
+
+def test_first_loss_is_that_of_uniform_bytes(model):
+    x = tokens_of(64)
+    loss = torch.nn.functional.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
+    assert abs(loss.item() - 5.545) < 0.1  # log 256
+
+
+def test_later_tokens_do_not_change_earlier_logits(model):
+    x = tokens_of(70)
+    changed = x.clone()
+    changed[:, 65:] = 7
+    with torch.no_grad():
+        assert_close("logits", model(changed)[:, :65], model(x)[:, :65], 1e-6)
+
+
+# 1: no prefill to speak of; 63, 64, 65: around a chunk; 70 also leaves the recurrent form
+@pytest.mark.parametrize("prompt", [1, 63, 64, 65, 70])
+def test_prefill_and_decode_equal_the_full_forward(model, prompt):
+    x = tokens_of(prompt + 6)
+    with torch.no_grad():
+        full = model(x)
+        cache = model.new_cache()
+        parts = [model(x[:, :prompt], cache)]
+        parts += [model(x[:, i : i + 1], cache) for i in range(prompt, prompt + 6)]
+    assert_close("logits", torch.cat(parts, 1), full, 1e-5)
+
+
+def test_gradients_reach_every_parameter(model):
+    model(tokens_of(20)).square().mean().backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.abs().sum() > 0, name
