@@ -145,7 +145,7 @@ def test_run_is_not_overwritten(capsys, text, run):
 
 def test_out_that_cannot_be_a_folder(capsys, text, tmp_path):
     refuse(capsys, ["train", "--data", text, "--out", text], "is a file")
-    refuse(capsys, ["train", "--data", text, "--out", text / "below"], "below")
+    refuse(capsys, ["train", "--data", text, "--out", text / "below", *FLAGS], "below")
 
 
 def test_resume_with_other_settings_names_the_difference(capsys, run):

@@ -11,6 +11,8 @@ from .errors import UserError, describe
 
 SEPARATOR = b"\0"  # before each file; text never has it, so that it can also start a sample
 VALIDATION_PART = 0.05
+# of the standard library: tables and documentation that programs wrote
+GENERATED = ("encodings/", "pydoc_data/")
 # tests of the standard library are not prose about anything, and some are not UTF-8 on purpose
 SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test"}
 
@@ -80,7 +82,11 @@ def find_files(paths):
     """{name: path} in a fixed order; names are relative to the folder that was given."""
     if paths is None:
         root = Path(os.__file__).parent
-        return {name: path for name, path in _walk(root) if path.suffix == ".py"}
+        return {
+            name: path
+            for name, path in _walk(root)
+            if path.suffix == ".py" and not name.startswith(GENERATED)
+        }
     found = {}
     for given in map(Path, paths):
         if given.is_dir():
