@@ -1,8 +1,12 @@
 """Bad input of the command: one line on stderr, exit code 2, nothing overwritten."""
 
 import json
+import os
 import resource
 import shutil
+import subprocess
+import sys
+import types
 
 import pytest
 
@@ -250,3 +254,23 @@ def test_help_of_every_command(capsys):
 
 def test_presets_of_the_flag_are_those_of_the_models():
     assert set(PRESETS) == set(MODEL_PRESETS)
+
+
+def test_bench_gets_the_remaining_arguments(monkeypatch):
+    fake = types.ModuleType("deltafuse.bench")
+    fake.main = lambda argv: (argv, 7)
+    monkeypatch.setitem(sys.modules, "deltafuse.bench", fake)
+    assert main(["bench", "mars", "--threads", "1"]) == (["mars", "--threads", "1"], 7)
+
+
+def test_reader_that_leaves_is_no_error(run):
+    """As in `deltafuse generate RUN | head -c 1`."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "deltafuse.cli", "generate", str(run), "--tokens", "3000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 0

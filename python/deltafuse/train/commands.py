@@ -107,11 +107,16 @@ def _compare(run):
 
 def print_stream(values):
     """Writes byte values to stdout as text, each as soon as it is there."""
-    encoding = sys.stdout.encoding or "utf-8"
     for piece in as_text(values):
-        sys.stdout.write(piece.encode(encoding, errors="replace").decode(encoding))
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+        write(piece)
+    write("\n")
+
+
+def write(text):
+    """To stdout at once; characters that its encoding lacks become question marks."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, errors="replace").decode(encoding))
+    sys.stdout.flush()
 
 
 def sample(path, prompt, tokens, temperature, top_p, seed, device):
@@ -119,7 +124,7 @@ def sample(path, prompt, tokens, temperature, top_p, seed, device):
     need("safetensors", "numpy")
     model = load_model(path, choose_device(device))
     prompt = prompt.encode("utf-8", errors="surrogateescape")
-    sys.stdout.write(prompt.decode("utf-8", errors="replace"))
+    write(prompt.decode("utf-8", errors="replace"))
     print_stream(generate(model, prompt, tokens, temperature, top_p, seed))
     return 0
 

@@ -35,8 +35,9 @@ def draw_losses(path, rows, unigram_nats, title):
     write_atomically(path, picture.getvalue())
 
 
-def moving_average(values, weight=0.95):
-    """Exponential average without the pull towards the start."""
+def moving_average(values):
+    """Exponential average over a fiftieth of the values, without a pull towards zero."""
+    weight = 1 - 1 / (1 + len(values) / 50)
     result, total, norm = [], 0.0, 0.0
     for value in values:
         total = weight * total + (1 - weight) * value
