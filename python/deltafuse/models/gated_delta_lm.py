@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..gated_delta.nn import GatedDeltaNet, GatedDeltaNetCache
+from ..gated_delta.nn import GatedDeltaNet, GatedDeltaNetCache, GatedRMSNorm
 
 
 class SwiGLU(nn.Module):
@@ -12,12 +12,12 @@ class SwiGLU(nn.Module):
 
     def __init__(self, hidden_size, mlp_size):
         super().__init__()
-        self.gate_up_proj = nn.Linear(hidden_size, 2 * mlp_size, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, mlp_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, mlp_size, bias=False)
         self.down_proj = nn.Linear(mlp_size, hidden_size, bias=False)
 
     def forward(self, x):
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
@@ -25,7 +25,7 @@ class Block(nn.Module):
 
     def __init__(self, config, layer_idx):
         super().__init__()
-        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mixer_norm = GatedRMSNorm(config.hidden_size, config.norm_eps)
         self.mixer = GatedDeltaNet(
             hidden_size=config.hidden_size,
             expand_v=config.expand_v,
@@ -36,7 +36,7 @@ class Block(nn.Module):
             layer_idx=layer_idx,
             norm_eps=config.norm_eps,
         )
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp_norm = GatedRMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.mlp_size)
 
     def forward(self, x, cache=None):
@@ -59,7 +59,7 @@ class GatedDeltaLM(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm = GatedRMSNorm(config.hidden_size, config.norm_eps)
         self._reset_projections()
 
     def _reset_projections(self):
