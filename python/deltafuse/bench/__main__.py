@@ -1,0 +1,7 @@
+"""`python -m deltafuse.bench OP`, for an installation without the command."""
+
+import sys
+
+from .main import main
+
+sys.exit(main())

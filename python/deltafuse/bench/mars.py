@@ -1,0 +1,84 @@
+"""Benchmark of the MARS-AdamW step on the parameters of GPT-2 small."""
+
+import torch
+
+from .. import _library
+from ..optim import MARS
+from .case import Benchmark, Case
+
+CHECK = {"layers": 1, "width": 96, "vocabulary": 257, "context": 65}
+
+
+def parameter_sizes(shape):
+    """Sizes of a GPT-2: embeddings, blocks of two norms and four linear maps, the last norm."""
+    n = shape["width"]
+    block = [(n,), (n,), (3 * n, n), (3 * n,), (n, n), (n,)]
+    block += [(n,), (n,), (4 * n, n), (4 * n,), (n, 4 * n), (n,)]
+    embeddings = [(shape["vocabulary"], n), (shape["context"], n)]
+    return embeddings + block * shape["layers"] + [(n,), (n,)]
+
+
+def count(shape):
+    return sum(torch.Size(size).numel() for size in parameter_sizes(shape))
+
+
+def parameters(shape, device):
+    torch.manual_seed(0)
+    params = [
+        torch.nn.Parameter(0.02 * torch.randn(*size, device=device))
+        for size in parameter_sizes(shape)
+    ]
+    for p in params:
+        p.grad = 1e-3 * torch.randn_like(p)
+    return params
+
+
+def compare(device):
+    """Three steps of ours and of the oracle on a small list with all kinds of tensors."""
+    ours, oracle = (parameters(CHECK, device) for _ in range(2))
+    start = [p.detach().clone() for p in ours]
+    for params, backend in ((ours, "native"), (oracle, "reference")):
+        optimizer = MARS(params, lr=1e-3, weight_decay=0.1)
+        with _library.use(backend):
+            for _ in range(3):
+                optimizer.step()
+    return [
+        (f"update of parameter {i}", (a - p).detach(), (b - p).detach(), 1e-4)
+        for i, (a, b, p) in enumerate(zip(ours, oracle, start, strict=True))
+    ]
+
+
+def mars_case(shape, device):
+    params = parameters(shape, device)
+    options = dict(lr=1e-4, weight_decay=0.1)
+    fused, foreach = (
+        torch.optim.AdamW(params, **options, **{kind: True}) for kind in ("fused", "foreach")
+    )
+    # one list of parameters for all: memory; each optimizer has its own state
+    ours, oracle = MARS(params, **options), MARS(params, **options)
+
+    def reference():
+        with _library.use("reference"):
+            oracle.step()
+
+    return Case(
+        ours=ours.step,
+        reference=reference,
+        baselines={"torch AdamW fused": fused.step, "torch AdamW foreach": foreach.step},
+        check=lambda: compare(device),
+    )
+
+
+ENTRIES = {
+    "mars": Benchmark(
+        title="MARS-AdamW step on the parameters of GPT-2 small",
+        reference="eager oracle (mars_reference_)",
+        kernel="mars_adamw_",
+        shapes=({"layers": 12, "width": 768, "vocabulary": 50257, "context": 1024},),
+        tiny={"layers": 1, "width": 24, "vocabulary": 33, "context": 17},
+        make=mars_case,
+        flops=lambda s: 20 * count(s),
+        bytes=lambda s: 36 * count(s),  # p, g, h, m, v read, p, h, m, v written
+        target=("torch AdamW fused", 0.5),
+    ),
+}
