@@ -1,7 +1,6 @@
-// A row is read from memory once and a second time from the cache; vectors run along it. With
-// n = r x and h = dy silu(gate):
-//   dweight += h n;  dn = h weight;  dx = r (dn - n mean(n dn));
-//   dgate = dy n weight silu'(gate).
+// A row is read from memory once and a second time from the cache; vectors run along it. Gradients,
+// with n = r x and h = dy silu(gate): that of weight is the sum of h n over the rows, and
+//   dn = h weight,  dx = r (dn - n mean(n dn)),  dgate = dy n weight silu'(gate).
 #include "common/cpu/math.h"
 #include "gated_delta/gated_norm.h"
 #include "gated_delta/partial.h"

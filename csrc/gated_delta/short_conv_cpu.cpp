@@ -177,8 +177,9 @@ std::tuple<Tensor, Tensor> run_bwd(const Inputs& in, const ConvBwdArgs& args) {
   });
   Tensor total = torch::stable::view(sum_blocks(partial, (W + 1) * D), {W + 1, D});
   const Tensor taps = torch::stable::view(torch::stable::narrow(total, 0, 0, W), {1, W, D});
-  return {torch::stable::view(swapped(taps), {D, W}),
-          torch::stable::view(torch::stable::narrow(total, 0, W, 1), {D})};
+  Tensor dbias = empty(total, {D});  // a tensor of its own, not a view
+  torch::stable::copy_(dbias, torch::stable::view(torch::stable::narrow(total, 0, W, 1), {D}));
+  return {torch::stable::view(swapped(taps), {D, W}), dbias};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(const Tensor& dy_, const OptTensor& d_final_,
@@ -205,7 +206,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(const Tensor& dy_, const OptTenso
   const auto to = [](const Tensor& t, const Tensor& like) {
     return torch::stable::to(t, like.scalar_type());
   };
-  return {dx, to(dweight, weight), bias ? contiguous(to(dbias, *bias)) : empty(x, {0}, type),
+  return {dx, to(dweight, weight), bias ? to(dbias, *bias) : empty(x, {0}, type),
           initial_state ? to(swapped(d_initial), *initial_state) : d_initial};
 }
 }  // namespace
