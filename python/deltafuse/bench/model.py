@@ -14,7 +14,7 @@ def make_step(shape, device):
     torch.manual_seed(0)
     model = GatedDeltaLM(ModelConfig(num_layers=shape["layers"])).to(device)
     tokens = torch.randint(256, (shape["B"], shape["T"] + 1), device=device)
-    optimizer = MARS(model.parameters(), lr=1e-3)
+    optimizer = MARS(model.parameters(), lr=1e-3, weight_decay=0.01)
 
     def step():
         logits = model(tokens[:, :-1])
