@@ -20,7 +20,9 @@ def draw_losses(path, rows, unigram_nats, title):
     if validation:
         axes.plot(*zip(*validation, strict=True), "o-", color="#d94801", label="validation")
         step, loss = validation[-1]
-        axes.annotate(f"{loss:.3f}", (step, loss), (-6, 8), textcoords="offset points", ha="right")
+        axes.annotate(
+            f"{loss:.3f}", (step, loss), (-4, -16), textcoords="offset points", ha="right"
+        )
     axes.axhline(unigram_nats, color="gray", linestyle="--", label="unigram entropy")
     axes.set(xlabel="step", ylabel="loss (nats a byte)", title=title)
     axes.set_ylim(bottom=0)
@@ -36,8 +38,8 @@ def draw_losses(path, rows, unigram_nats, title):
 
 
 def moving_average(values):
-    """Exponential average over a fiftieth of the values, without a pull towards zero."""
-    weight = 1 - 1 / (1 + len(values) / 50)
+    """Exponential average over a hundredth of the values, without a pull towards zero."""
+    weight = 1 - 1 / (1 + len(values) / 100)
     result, total, norm = [], 0.0, 0.0
     for value in values:
         total = weight * total + (1 - weight) * value

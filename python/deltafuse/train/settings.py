@@ -9,7 +9,7 @@ from .errors import UserError
 OPTIMIZERS = ("mars", "adamw")
 # measured for `tiny` on the standard library's text; larger models want smaller rates
 PRESET_SETTINGS = {
-    "tiny": {"steps": 800, "batch": 8, "context": 256, "lr": 4e-3},
+    "tiny": {"steps": 500, "batch": 8, "context": 256, "lr": 4e-3},
     "small": {"steps": 5000, "batch": 16, "context": 512, "lr": 2e-3},
     "medium": {"steps": 20000, "batch": 32, "context": 1024, "lr": 1e-3},
 }
