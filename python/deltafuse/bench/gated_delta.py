@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from .. import gated_delta
 from ..gated_delta.reference_decode import naive_decode
 from .case import Benchmark, Case
+from .eager import eager_chunk
 
 CHUNK = 64  # the default chunk_size, which the counts assume
+EAGER = "eager chunk form"
 
 
 def sequence_inputs(shape, device, T=None):
@@ -24,6 +26,11 @@ def sequence_inputs(shape, device, T=None):
     q, k = (F.normalize(normal(B, T, H, K), dim=-1) for _ in range(2))
     g = -0.1 * torch.rand(B, T, H, generator=generator, device=device)
     return q, k, normal(B, T, H, V), g, normal(B, T, H).sigmoid()
+
+
+def chunk_of(shape):
+    """The eager form takes whole chunks only."""
+    return CHUNK if shape["T"] % CHUNK == 0 else shape["T"]
 
 
 def heads(shape):
@@ -65,14 +72,16 @@ def recurrent_bytes(shape):
 def forward_case(shape, device):
     inputs = sequence_inputs(shape, device)
     plain = gated_delta.naive_chunk_gated_delta_rule
+    eager = partial(eager_chunk, *inputs, C=chunk_of(shape))
 
     def check():
         o, _ = gated_delta.chunk_gated_delta_rule(*inputs)
-        return [("o", o, plain(*inputs)[0], 1e-5)]
+        return [("o", o, plain(*inputs)[0], 1e-5), ("o of the eager", o, eager(), 1e-5)]
 
     return Case(
         ours=lambda: gated_delta.chunk_gated_delta_rule(*inputs),
         reference=lambda: plain(*inputs),
+        baselines={EAGER: eager},
         check=check,
         compiled=lambda wrap: partial(wrap(plain), *inputs),
     )
@@ -82,6 +91,9 @@ def training_case(shape, device):
     inputs = [x.requires_grad_() for x in sequence_inputs(shape, device)]
     d_o = torch.randn_like(inputs[2])
     plain = gated_delta.naive_chunk_gated_delta_rule
+
+    def eager(*tensors):
+        return (eager_chunk(*tensors, C=chunk_of(shape)),)
 
     def step(function):
         return torch.autograd.grad(function(*inputs)[0], inputs, d_o)
@@ -94,6 +106,7 @@ def training_case(shape, device):
     return Case(
         ours=lambda: step(gated_delta.chunk_gated_delta_rule),
         reference=lambda: step(plain),
+        baselines={EAGER: lambda: step(eager)},
         check=check,
         compiled=lambda wrap: partial(step, wrap(plain)),
     )
@@ -189,7 +202,7 @@ ENTRIES = {
         make=forward_case,
         flops=forward_flops,
         bytes=forward_bytes,
-        target=("reference", 4.0),
+        target=(EAGER, 4.0),
     ),
     "gated_delta_fwd_bwd": Benchmark(
         title="chunk_gated_delta_rule, forward and backward",
@@ -200,7 +213,7 @@ ENTRIES = {
         make=training_case,
         flops=training_flops,
         bytes=training_bytes,
-        target=("reference", 8.0),
+        target=(EAGER, 8.0),
     ),
     "gated_delta_recurrent": Benchmark(
         title="fused_recurrent_gated_delta_rule, a few tokens, forward",
