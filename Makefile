@@ -9,6 +9,9 @@ DEMO_OUT ?= runs/demo
 DEMO_FLAGS ?=
 TEST_FLAGS ?=
 BIN := $(VENV)/bin
+# torch's waiting threads sleep instead of spinning: on a busy machine spinning costs several times
+# the work, on an idle one sleeping costs little
+export OMP_WAIT_POLICY ?= passive
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 SOURCES := CMakeLists.txt setup.py pyproject.toml \
   $(shell find csrc python third_party -name '*.[chp]*' -not -name '*.pyc' -o -name '*.cu*' -o -name '*.cmake')
