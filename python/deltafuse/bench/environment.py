@@ -66,4 +66,5 @@ def describe(device):
         "git": commit(),
         "date": datetime.date.today().isoformat(),
         "load": load(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
     }

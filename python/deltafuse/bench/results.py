@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 
 KEY = ("op", "shape", "dtype", "threads", "device", "isa")
-FIELDS = {*KEY, "backend", "versions", "git", "date", "load", "correct", "flops", "bytes",
+FIELDS = {*KEY, "backend", "versions", "git", "date", "load",
+          "omp_wait_policy", "correct", "flops", "bytes",
           "seconds", "target"}  # fmt: skip
 
 

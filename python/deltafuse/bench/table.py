@@ -56,6 +56,10 @@ def heading(row):
     return f"{row['op']} {shape_text(row)} {row['dtype']}{threads}"
 
 
+def conditions(row):
+    return f"load {row['load']}, waiting threads: {row['omp_wait_policy']}"
+
+
 def text(row):
     """One row of measurements for the terminal."""
     lines = [HEADER, *cells(row)]
@@ -67,7 +71,7 @@ def text(row):
         )
         for line in lines
     ]
-    place = f"{row['device']}, {row['isa'] or row['backend']}, load {row['load']}"
+    place = f"{row['device']}, {row['isa'] or row['backend']}, {conditions(row)}"
     return "\n".join(filter(None, [heading(row), place, *formatted, verdict(row)]))
 
 
@@ -76,5 +80,5 @@ def markdown(row):
     lines = [HEADER, [":--", *["--:"] * (len(HEADER) - 1)], *cells(row)]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     note = verdict(row)
-    facts = f"{row['date']}, commit {row['git'] or 'unknown'}, load {row['load']}"
+    facts = f"{row['date']}, commit {row['git'] or 'unknown'}, {conditions(row)}"
     return f"**{heading(row)}** ({facts})\n\n{table}\n" + (f"\n{note}\n" if note else "")
