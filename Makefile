@@ -8,6 +8,7 @@ NVCC ?= $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
 DEMO_OUT ?= runs/demo
 DEMO_FLAGS ?=
 TEST_FLAGS ?=
+SASS_TOOLS := $(if $(NVCC),nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)
 BIN := $(VENV)/bin
 # torch's waiting threads sleep instead of spinning: on a busy machine spinning costs several times
 # the work, on an idle one sleeping costs little
@@ -52,7 +53,7 @@ $(VENV)/installed: $(VENV)/torch $(SOURCES)
 	touch $@
 
 $(VENV)/test-tools: $(VENV)/installed
-	$(PIP) pytest pytest-benchmark numpy setuptools cmake ninja
+	$(PIP) pytest pytest-benchmark numpy setuptools cmake ninja $(SASS_TOOLS)
 	touch $@
 
 $(VENV)/lint-tools: $(VENV)/created
