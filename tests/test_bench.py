@@ -37,6 +37,7 @@ def test_entry_measures_a_correct_kernel(rows, name):
         assert entry.target[0] in row["ratios"], "the target names a measured row"
     for sample in row["seconds"].values():
         assert 0 < sample["minimum"] <= sample["median"] and sample["rounds"] == 2
+        assert sample["cores"] > 0
 
 
 def test_counts_of_the_measured_sizes():

@@ -24,13 +24,15 @@ def cells(row):
             duration(sample["median"]),
             duration(sample["minimum"]),
             f"{100 * sample['spread']:.0f} %",
+            f"{sample['cores']:.1f}",
             rate(row["flops"], sample["median"]),
             rate(row["bytes"], sample["median"]),
             *(f"{ratios[kind]:.2f}x" if ratios else "-" for kind in ("median", "minimum")),
         ]
 
 
-HEADER = ["", "median", "minimum", "spread", "GFLOP/s", "GB/s", "median / ours", "minimum / ours"]
+HEADER = ["", "median", "minimum", "spread", "cores", "GFLOP/s", "GB/s"]
+HEADER += ["median / ours", "minimum / ours"]
 
 
 def verdict(row):

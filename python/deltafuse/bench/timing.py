@@ -15,11 +15,16 @@ ROUNDS = {"cpu": (5, 50), "cuda": (50, 200)}  # fewest and most
 
 @dataclass(frozen=True)
 class Sample:
-    """Seconds of one call: median, minimum, and the middle half's width over the median."""
+    """Seconds of one call: median, minimum, and the middle half's width over the median.
+
+    cores: CPU seconds a second, over all samples; near 1 with two threads, somebody else had the
+    second core (or the work was too small for threads).
+    """
 
     median: float
     minimum: float
     spread: float
+    cores: float
     rounds: int
 
 
@@ -82,15 +87,20 @@ def interleave(functions, device="cpu", rounds=None):
     if rounds is None:
         fewest, most = ROUNDS[device]
         rounds = min(most, max(fewest, int(BUDGET / max(total, 1e-7))))
-    seconds = {name: [] for name in names}
+    seconds, busy = {name: [] for name in names}, dict.fromkeys(names, 0.0)
     for turn in range(rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
+            begin = time.process_time()
             seconds[name].append(clock(functions[name], calls[name]))
-    return {name: summarise(values) for name, values in seconds.items()}
+            busy[name] += time.process_time() - begin
+    return {
+        name: summarise(values, busy[name] / (sum(values) * calls[name]))
+        for name, values in seconds.items()
+    }
 
 
-def summarise(seconds):
+def summarise(seconds, cores):
     median = statistics.median(seconds)
     low, _, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else (median,) * 3
-    return Sample(median, min(seconds), (high - low) / median, len(seconds))
+    return Sample(median, min(seconds), (high - low) / median, cores, len(seconds))
