@@ -10,14 +10,14 @@ DEMO_FLAGS ?=
 TEST_FLAGS ?=
 SASS_TOOLS := $(if $(NVCC),nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)
 BIN := $(VENV)/bin
-# torch's waiting threads sleep instead of spinning: on a busy machine spinning costs several times
-# the work, on an idle one sleeping costs little
-export OMP_WAIT_POLICY ?= passive
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 SOURCES := CMakeLists.txt setup.py pyproject.toml \
   $(shell find csrc python third_party -name '*.[chp]*' -not -name '*.pyc' -o -name '*.cu*' -o -name '*.cmake')
 
 .PHONY: demo test test-native test-emulated emulated bench lint wheel clean
+
+# torch's waiting threads sleep: on a busy machine spinning costs several times the work
+demo test-native test-emulated: export OMP_WAIT_POLICY ?= passive
 
 demo: $(VENV)/installed
 	rm -rf $(DEMO_OUT)

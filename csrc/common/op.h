@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "common/dtype.h"
+#include "common/huge_pages.h"
 
 // A test library for the emulator defines both: its own namespace, CUDA kernels on CPU tensors.
 #ifndef DF_NAMESPACE
@@ -47,10 +48,12 @@ inline ScalarType compute_type(const Tensor& t) {
 }
 
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-  return torch::stable::new_empty(like, sizes, type);
+  const Tensor t = torch::stable::new_empty(like, sizes, type);
+  if (t.is_cpu()) advise_huge_pages(t.mutable_data_ptr(), t.numel() * t.element_size());
+  return t;
 }
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  return torch::stable::new_empty(like, sizes);
+  return empty(like, sizes, like.scalar_type());
 }
 
 // Kernels take any strides but the last, which has to be 1.

@@ -71,13 +71,13 @@ struct Worker {
   void sweep(int64_t first, int64_t last, bool keep) {
     for (int64_t c = first; c < last; ++c) {
       const int64_t begin = seq.begin + c * s.C, n = rows(c);
-      keys.load(in, seq.batch, begin, task.first / s.group(), n, false);
+      keys.load(in, seq.batch, begin, task.first / s.group(), n, false, s.C);
       for (int64_t h = 0; h < s.group(); ++h) {
         T* S = b.states + h * state;
         const Saved<T> to = keep ? slot(c - first, h) : slot(0, h);
-        if (keep) __builtin_memcpy(to.S, S, state * sizeof(T));
+        if (keep) transpose(S, ldv, s.K, ldv, to.S_T, ldk);
         b.t.load(in, seq.batch, begin, task.first + h, n);
-        load_panel(in.v, seq.batch, begin, task.first + h, n, s.V, 0, b.v, ldv);
+        load_panel(in.v, seq.batch, begin, task.first + h, n, s.V, 0, b.v, ldv, s.C);
         lower_product<true, T>(b.t.decay, keys.kk, nullptr, 1, n, keys.ldc, b.L);
         invert(b.L, b.t.beta, n, keys.ldc, to.inverse);
         errors(in, keys, b.t, to.inverse, b.v, S, n, ldv, to.ks, b.w, to.e);
@@ -90,7 +90,7 @@ struct Worker {
   void walk_back(int64_t first, int64_t last) {
     for (int64_t c = last - 1; c >= first; --c) {
       const int64_t begin = seq.begin + c * s.C, n = rows(c);
-      keys.load(in, seq.batch, begin, task.first / s.group(), n, true);
+      keys.load(in, seq.batch, begin, task.first / s.group(), n, true, -s.C);
       __builtin_memset(b.dq, 0, n * ldk * sizeof(T));
       __builtin_memset(b.dk, 0, n * ldk * sizeof(T));
       for (int64_t h = 0; h < s.group(); ++h)

@@ -42,7 +42,7 @@ void head_chunk(const ChunkFwdArgs& p, const ChunkTask& task, FwdPanels<T>& b, i
   const int64_t n = task.v1 - task.v0, ldv = round_up<T>(n), ldc = b.keys.ldc, K = in.shape.K;
   T* S = b.states + (head - task.first) * round_up<T>(K) * ldv;
   b.t.load(in, batch, begin, head, rows);
-  load_panel(in.v, batch, begin, head, rows, n, task.v0, b.v, ldv);
+  load_panel(in.v, batch, begin, head, rows, n, task.v0, b.v, ldv, in.shape.C);
 
   lower_product<true, T>(b.t.decay, b.keys.kk, nullptr, 1, rows, ldc, b.lower);
   invert(b.lower, b.t.beta, rows, ldc, b.inverse);
@@ -71,7 +71,7 @@ void run(const ChunkFwdArgs& p, const ChunkTask& task, void* scratch) {
                b.states + (h - task.first) * state, ldv);
   for (int64_t begin = seq.begin; begin < seq.end; begin += s.C) {
     const int64_t rows = seq.end - begin < s.C ? seq.end - begin : s.C;
-    b.keys.load(in, seq.batch, begin, task.first / s.group(), rows, true);
+    b.keys.load(in, seq.batch, begin, task.first / s.group(), rows, true, s.C);
     for (int64_t h = task.first; h < task.last; ++h)
       head_chunk(p, task, b, seq.batch, begin, h, rows);
   }

@@ -4,19 +4,19 @@
 
 namespace df::cpu::DF_ISA {
 namespace {
-// Kept from the sweep forward: the state that entered, K S, E and T'.
+// Kept from the sweep forward: the state that entered, transposed, K S, E and T'.
 template <class T>
 struct Saved {
-  T *S, *ks, *e, *inverse;
+  T *S_T, *ks, *e, *inverse;
 };
 
 template <class T>
 struct GradPanels {
   Tables<T> t;
   int64_t ldk, ldv, ldc;
-  T *states, *dstates, *v, *w, *du, *dw, *dO, *eT, *S_T;  // value side
-  T *dq, *dk, *x, *kd;                                    // key side
-  T *L, *P, *M, *dP, *dKK, *Z;                            // C x C
+  T *states, *dstates, *v, *w, *du, *dw, *dO, *eT, *dS_T;  // value side
+  T *dq, *dk, *x, *kd;                                     // key side
+  T *L, *P, *M, *dP, *dKK, *Z;                             // C x C
   T *rho, *kap, *dbeta, *columns;
   double* sums;  // a head: sum dg g, sum da
   GradPanels(Arena& a, const ChunkShape& s)
@@ -24,7 +24,7 @@ struct GradPanels {
     const int64_t value = ldc * ldv, key = ldc * ldk, square = ldc * ldc;
     states = a.take<T>(s.group() * ldk * ldv), dstates = a.take<T>(s.group() * ldk * ldv);
     v = a.take<T>(value), w = a.take<T>(value), du = a.take<T>(value), dw = a.take<T>(value);
-    dO = a.take<T>(value), eT = a.take<T>(value), S_T = a.take<T>(ldk * ldv);
+    dO = a.take<T>(value), eT = a.take<T>(value), dS_T = a.take<T>(ldk * ldv);
     dq = a.take<T>(key), dk = a.take<T>(key), x = a.take<T>(key), kd = a.take<T>(key);
     L = a.take<T>(square), P = a.take<T>(square), M = a.take<T>(square);
     dP = a.take<T>(square), dKK = a.take<T>(square), Z = a.take<T>(square);
@@ -78,17 +78,17 @@ void square_gradients(const ChunkInputs& in, const KeyPanels<T>& keys, GradPanel
 }
 
 // dQ += X + dP K, dK += Kd - (gam o dW) S^T + dP^T Q + (dKK + dKK^T) K with
-// X = sc gam o (dO S^T), Kd = del o (U dS^T); rho and kap for dg. Leaves -gam o dW in b.w.
+// X = sc gam o (dO S^T), Kd = del o (U dS^T); rho and kap for dg. Leaves -gam o dW in
+// b.w and dS^T in b.dS_T.
 template <class T>
 void add_key_gradients(const ChunkInputs& in, const KeyPanels<T>& keys, GradPanels<T>& b,
                        const Saved<T>& kept, const T* dS, int64_t n) {
   const int64_t K = in.shape.K, V = in.shape.V, ldk = b.ldk, ldv = b.ldv, ldc = b.ldc;
-  transpose(dS, ldv, K, ldv, b.S_T, ldk);
+  transpose(dS, ldv, K, ldv, b.dS_T, ldk);
   scale_rows(kept.e, b.t.beta, T(1), n, ldv, b.w);
-  gemm(n, ldk, V, plain(b.w, ldv), b.S_T, ldk, b.kd, ldk);
+  gemm(n, ldk, V, plain(b.w, ldv), b.dS_T, ldk, b.kd, ldk);
   scale_rows(b.kd, b.t.del, T(1), n, ldk, b.kd);
-  transpose(kept.S, ldv, K, ldv, b.S_T, ldk);
-  gemm(n, ldk, V, plain(b.dO, ldv), b.S_T, ldk, b.x, ldk);
+  gemm(n, ldk, V, plain(b.dO, ldv), kept.S_T, ldk, b.x, ldk);
   scale_rows(b.x, b.t.gam, T(in.scale), n, ldk, b.x);
   for (int64_t i = 0; i < n; ++i) {
     b.kap[i] = dot_row(keys.k + i * ldk, b.kd + i * ldk, ldk);
@@ -100,10 +100,20 @@ void add_key_gradients(const ChunkInputs& in, const KeyPanels<T>& keys, GradPane
 
   scale_rows(b.dw, b.t.gam, T(-1), n, ldv, b.w);
   add_rows(b.kd, n * ldk, b.dk);
-  gemm<Into::add>(n, ldk, V, plain(b.w, ldv), b.S_T, ldk, b.dk, ldk);
+  gemm<Into::add>(n, ldk, V, plain(b.w, ldv), kept.S_T, ldk, b.dk, ldk);
   gemm<Into::add, Shape::upper>(n, ldk, n, transposed(b.dP, ldc), keys.q, ldk, b.dk, ldk);
   gemm<Into::add, Shape::lower>(n, ldk, n, plain(b.dKK, ldc), keys.k, ldk, b.dk, ldk);
   gemm<Into::add, Shape::upper>(n, ldk, n, transposed(b.dKK, ldc), keys.k, ldk, b.dk, ldk);
+}
+
+template <class T>
+inline double sum_row(const T* x, int64_t n) {
+  Vec<T> lanes{};
+  double tail = 0;
+  int64_t i = 0;
+  for (; i + kLanes<T> <= n; i += kLanes<T>) lanes += load(x + i);
+  for (; i < n; ++i) tail += x[i];
+  return sum<T>(lanes) + tail;
 }
 
 // dg_t = e^{G_C} <dS, S> + sum_{j<t} kap_j + sum_{i>=t} rho_i + sum_{i>=t>j} Z_ij: sums only, so
@@ -115,14 +125,12 @@ void scalar_gradients(const ChunkBwdArgs& p, GradPanels<T>& b, T inner, int64_t 
   const Gate gate_of_head = head_gate(in.pre, head);
   const double m = in.pre.sigmoid_scale;
   const int64_t ldc = b.ldc;
-  __builtin_memset(b.columns, 0, ldc * sizeof(T));  // sum_{i>=t} Z_ij
+  __builtin_memcpy(b.columns, b.kap, n * sizeof(T));  // kap_j + sum_{i>=t} Z_ij
   double rho_after = 0;
   for (int64_t t = n - 1; t >= 0; --t) {
-    double before = 0;
     add_rows(b.Z + t * ldc, round_up<T>(t + 1), b.columns);
-    for (int64_t j = 0; j < t; ++j) before += double(b.columns[j]) + b.kap[j];
     rho_after += b.rho[t];
-    const double d = double(inner) + rho_after + before;
+    const double d = double(inner) + rho_after + sum_row(b.columns, t);
     double dgate = clamp_gate_bwd(b.t.g[t], d), dlogit = b.dbeta[t];
     if (in.pre.A_log.data) {
       sums[0] += dgate * clamp_gate(b.t.g[t]);
@@ -142,13 +150,13 @@ void head_gradients(const ChunkBwdArgs& p, const KeyPanels<T>& keys, GradPanels<
   const ChunkInputs& in = p.in;
   const ChunkShape& s = in.shape;
   b.t.load(in, batch, begin, head, n);
-  load_panel(p.d_o, batch, begin, head, n, s.V, 0, b.dO, b.ldv);
+  load_panel(p.d_o, batch, begin, head, n, s.V, 0, b.dO, b.ldv, -s.C);
   value_gradients(in, keys, b, kept, dS, n);
   square_gradients(in, keys, b, kept, n);
   add_key_gradients(in, keys, b, kept, dS, n);
 
   const int64_t token = batch * s.T + begin, at = token * s.HV + head;
-  const T inner = b.t.chunk_decay * dot_row(dS, kept.S, s.K * b.ldv);
+  const T inner = b.t.chunk_decay * dot_row(b.dS_T, kept.S_T, s.V * b.ldk);
   scalar_gradients(p, b, inner, n, head, static_cast<T*>(p.dg) + at, static_cast<T*>(p.dbeta) + at,
                    sums);
   store_rows(b.dw, b.ldv, n, s.V, in.q.dtype, p.dv, at * s.V, s.HV * s.V);

@@ -19,13 +19,13 @@ struct KeyPanels {
     rq = arena.take<T>(s.C), rk = arena.take<T>(s.C);
   }
   void load(const ChunkInputs& in, int64_t batch, int64_t begin, int64_t head, int64_t rows,
-            bool with_q) {
-    load_panel(in.k, batch, begin, head, rows, in.shape.K, 0, k, ldk);
+            bool with_q, int64_t ahead) {
+    load_panel(in.k, batch, begin, head, rows, in.shape.K, 0, k, ldk, ahead);
     if (in.l2norm) normalize(k, ldk, rows, rk);
     transpose(k, ldk, rows, ldk, kT, ldc);
     gemm_lower(rows, in.shape.K, plain(k, ldk), kT, ldc, kk, ldc);
     if (!with_q) return;
-    load_panel(in.q, batch, begin, head, rows, in.shape.K, 0, q, ldk);
+    load_panel(in.q, batch, begin, head, rows, in.shape.K, 0, q, ldk, ahead);
     if (in.l2norm) normalize(q, ldk, rows, rq);
     gemm_lower(rows, in.shape.K, plain(q, ldk), kT, ldc, qk, ldc);
   }

@@ -67,6 +67,7 @@ void run_tasks(std::vector<ChunkTask> tasks, const std::vector<Sequence>& sequen
     for (int64_t w = begin; w < end; ++w) {
       std::unique_ptr<void, decltype(&std::free)> block(std::calloc(bytes + 64, 1), &std::free);
       STD_TORCH_CHECK(block, "gated_delta: no memory for ", bytes, " bytes of scratch");
+      advise_huge_pages(block.get(), bytes);
       const FlushSubnormals flush;
       void* scratch = reinterpret_cast<void*>((uintptr_t(block.get()) + 63) & ~uintptr_t(63));
       for (int64_t i; (i = next.fetch_add(1)) < count;) run(tasks[i], scratch);

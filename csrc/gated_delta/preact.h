@@ -10,12 +10,15 @@ namespace df::cpu::DF_ISA {
 // Rows of n elements, n arbitrary; lanes are added in a fixed order.
 template <class T>
 inline T dot_row(const T* x, const T* y, int64_t n) {
-  Vec<T> lanes{};
+  constexpr int64_t L = kLanes<T>;
+  Vec<T> lanes[4] = {};
   T tail = 0;
   int64_t i = 0;
-  for (; i + kLanes<T> <= n; i += kLanes<T>) lanes += load(x + i) * load(y + i);
+  for (; i + 4 * L <= n; i += 4 * L)
+    for (int w = 0; w < 4; ++w) lanes[w] += load(x + i + w * L) * load(y + i + w * L);
+  for (; i + L <= n; i += L) lanes[0] += load(x + i) * load(y + i);
   for (; i < n; ++i) tail += x[i] * y[i];
-  return sum<T>(lanes) + tail;
+  return sum<T>((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + tail;
 }
 template <class T>
 inline T inverse_norm(const T* x, int64_t n) {

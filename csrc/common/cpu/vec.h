@@ -59,11 +59,20 @@ inline V vmin(V a, V b) {
   return a < b ? a : b;
 }
 
-// Lanes are added pairwise, always in the same order.
-template <class T>
-inline T sum(Vec<T> v) {
-  for (int half = kLanes<T> / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) v[i] += v[i + half];
-  return v[0];
+// Lanes are added in halves, always in the same order.
+template <class T, int kBytes = kVecBytes>
+inline T sum(typename VecOf<T, kBytes>::type v) {
+  constexpr int kHalf = kBytes / 2;
+  if constexpr (kHalf < 16) {
+    T total = v[0];
+    for (int i = 1; i < kBytes / int(sizeof(T)); ++i) total += v[i];
+    return total;
+  } else {
+    struct Halves {
+      typename VecOf<T, kHalf>::type low, high;
+    };
+    const Halves h = bit_cast<Halves>(v);
+    return sum<T, kHalf>(h.low + h.high);
+  }
 }
 }  // namespace df::cpu::DF_ISA

@@ -4,6 +4,8 @@ The package's own reference does the same arithmetic and avoids what makes this 
 indexing a chunk in the loop, whose gradient is a tensor of full size a chunk.
 """
 
+import importlib.util
+
 import torch
 
 
@@ -33,3 +35,12 @@ def eager_chunk(q, k, v, g, beta, C=64):
         outputs.append(gam[:, :, i] * (q[:, :, i] @ state) + P[:, :, i] @ U)
         state = gam[:, :, i, -1:] * state + k[:, :, i].mT @ (rest[:, :, i] * U)
     return torch.stack(outputs, 2).movedim(1, 3).reshape(B, T, H, -1)
+
+
+def transformers_chunk():
+    """The fallback that Hugging Face transformers runs on a CPU, if the package is installed."""
+    if importlib.util.find_spec("transformers") is None:
+        return None
+    from transformers.models.qwen3_next import modeling_qwen3_next
+
+    return modeling_qwen3_next.torch_chunk_gated_delta_rule

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from .. import gated_delta
 from ..gated_delta.reference_decode import naive_decode
 from .case import Benchmark, Case
-from .eager import eager_chunk
+from .eager import eager_chunk, transformers_chunk
 
 CHUNK = 64  # the default chunk_size, which the counts assume
 EAGER = "eager chunk form"
@@ -31,6 +31,12 @@ def sequence_inputs(shape, device, T=None):
 def chunk_of(shape):
     """The eager form takes whole chunks only."""
     return CHUNK if shape["T"] % CHUNK == 0 else shape["T"]
+
+
+def others(call):
+    """Chunk forms of installed packages, each wrapped by `call`."""
+    function = transformers_chunk()
+    return {"transformers": call(function)} if function else {}
 
 
 def heads(shape):
@@ -81,7 +87,7 @@ def forward_case(shape, device):
     return Case(
         ours=lambda: gated_delta.chunk_gated_delta_rule(*inputs),
         reference=lambda: plain(*inputs),
-        baselines={EAGER: eager},
+        baselines={EAGER: eager, **others(lambda function: lambda: function(*inputs))},
         check=check,
         compiled=lambda wrap: partial(wrap(plain), *inputs),
     )
@@ -106,7 +112,10 @@ def training_case(shape, device):
     return Case(
         ours=lambda: step(gated_delta.chunk_gated_delta_rule),
         reference=lambda: step(plain),
-        baselines={EAGER: lambda: step(eager)},
+        baselines={
+            EAGER: lambda: step(eager),
+            **others(lambda function: lambda: step(function)),
+        },
         check=check,
         compiled=lambda wrap: partial(step, wrap(plain)),
     )
