@@ -161,8 +161,7 @@ void head_gradients(const ChunkBwdArgs& p, const KeyPanels<T>& keys, GradPanels<
                    sums);
   store_rows(b.dw, b.ldv, n, s.V, in.q.dtype, p.dv, at * s.V, s.HV * s.V);
 
-  scale_row(dS, b.t.chunk_decay, s.K * b.ldv);
-  gemm<Into::add>(s.K, b.ldv, n, transposed(keys.k, b.ldk), b.w, b.ldv, dS, b.ldv);
+  gemm<Into::add>(s.K, b.ldv, n, transposed(keys.k, b.ldk), b.w, b.ldv, dS, b.ldv, b.t.chunk_decay);
   scale_rows(b.dO, b.t.gam, T(in.scale), n, b.ldv, b.w);
   gemm<Into::add>(s.K, b.ldv, n, transposed(keys.q, b.ldk), b.w, b.ldv, dS, b.ldv);
 }

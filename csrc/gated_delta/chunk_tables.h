@@ -143,8 +143,8 @@ template <class T>
 void advance(const ChunkInputs& in, const KeyPanels<T>& keys, const Tables<T>& t, const T* u,
              int64_t rows, int64_t ldv, T* du, T* S) {
   scale_rows(u, t.del, T(1), rows, ldv, du);
-  scale_row(S, t.chunk_decay, in.shape.K * ldv);
-  gemm<Into::add>(in.shape.K, ldv, rows, transposed(keys.k, keys.ldk), du, ldv, S, ldv);
+  gemm<Into::add>(in.shape.K, ldv, rows, transposed(keys.k, keys.ldk), du, ldv, S, ldv,
+                  t.chunk_decay);
 }
 }  // namespace
 }  // namespace df::cpu::DF_ISA

@@ -4,6 +4,8 @@
 // and reads one row of B and one column of A a step. The order of the sums depends on k alone: any
 // blocking of rows or columns gives the same bits.
 #pragma once
+#include <type_traits>
+
 #include "common/cpu/vec.h"
 
 namespace df::cpu::DF_ISA {
@@ -33,13 +35,13 @@ enum class Into { set, add };
 
 namespace detail {
 template <class T, int kRows, int kCols, Into into>
-inline void micro(int64_t k, Strided<T> a, const T* b, int64_t ldb, T* c, int64_t ldc) {
+inline void micro(int64_t k, Strided<T> a, const T* b, int64_t ldb, T* c, int64_t ldc, T keep) {
   Vec<T> acc[kRows][kCols];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
     for (int j = 0; j < kCols; ++j)
-      acc[i][j] = into == Into::add ? load(c + i * ldc + j * kLanes<T>) : Vec<T>{};
+      acc[i][j] = into == Into::add ? keep * load(c + i * ldc + j * kLanes<T>) : Vec<T>{};
   const T* a0 = a.data;
   for (int64_t p = 0; p < k; ++p, a0 += a.col, b += ldb) {
     Vec<T> row[kCols];
@@ -59,43 +61,44 @@ inline void micro(int64_t k, Strided<T> a, const T* b, int64_t ldb, T* c, int64_
 }
 
 template <class T, int kRows, Into into>
-inline void columns(int64_t n, int64_t k, Strided<T> a, const T* b, int64_t ldb, T* c,
-                    int64_t ldc) {
+inline void columns(int64_t n, int64_t k, Strided<T> a, const T* b, int64_t ldb, T* c, int64_t ldc,
+                    T keep) {
   int64_t j = 0;
   for (; j + kGemmCols * kLanes<T> <= n; j += kGemmCols * kLanes<T>)
-    micro<T, kRows, kGemmCols, into>(k, a, b + j, ldb, c + j, ldc);
+    micro<T, kRows, kGemmCols, into>(k, a, b + j, ldb, c + j, ldc, keep);
   if constexpr (kGemmCols > 2)
     for (; j + 2 * kLanes<T> <= n; j += 2 * kLanes<T>)
-      micro<T, kRows, 2, into>(k, a, b + j, ldb, c + j, ldc);
-  for (; j < n; j += kLanes<T>) micro<T, kRows, 1, into>(k, a, b + j, ldb, c + j, ldc);
+      micro<T, kRows, 2, into>(k, a, b + j, ldb, c + j, ldc, keep);
+  for (; j < n; j += kLanes<T>) micro<T, kRows, 1, into>(k, a, b + j, ldb, c + j, ldc, keep);
 }
 
 template <class T, Into into>
 inline void rows(int rows_left, int64_t n, int64_t k, Strided<T> a, const T* b, int64_t ldb, T* c,
-                 int64_t ldc) {
+                 int64_t ldc, T keep) {
   static_assert(kGemmRows == 6);
   switch (rows_left) {
-    case 1: return columns<T, 1, into>(n, k, a, b, ldb, c, ldc);
-    case 2: return columns<T, 2, into>(n, k, a, b, ldb, c, ldc);
-    case 3: return columns<T, 3, into>(n, k, a, b, ldb, c, ldc);
-    case 4: return columns<T, 4, into>(n, k, a, b, ldb, c, ldc);
-    case 5: return columns<T, 5, into>(n, k, a, b, ldb, c, ldc);
-    default: return columns<T, 6, into>(n, k, a, b, ldb, c, ldc);
+    case 1: return columns<T, 1, into>(n, k, a, b, ldb, c, ldc, keep);
+    case 2: return columns<T, 2, into>(n, k, a, b, ldb, c, ldc, keep);
+    case 3: return columns<T, 3, into>(n, k, a, b, ldb, c, ldc, keep);
+    case 4: return columns<T, 4, into>(n, k, a, b, ldb, c, ldc, keep);
+    case 5: return columns<T, 5, into>(n, k, a, b, ldb, c, ldc, keep);
+    default: return columns<T, 6, into>(n, k, a, b, ldb, c, ldc, keep);
   }
 }
 }  // namespace detail
 
-// C[m, n] (+)= A[m, k] B[k, n]. Zeros of a triangular A are skipped up to the granularity of a row
-// block, so they must really be there.
+// C[m, n] = A[m, k] B[k, n], or keep C + A B with Into::add. Zeros of a triangular A are skipped up
+// to the granularity of a row block, so they must really be there.
 template <Into into = Into::set, Shape shape = Shape::full, class T>
 inline void gemm(int64_t m, int64_t n, int64_t k, Strided<T> a, const T* b, int64_t ldb, T* c,
-                 int64_t ldc) {
+                 int64_t ldc, std::type_identity_t<T> keep = 1) {
   for (int64_t i = 0; i < m; i += kGemmRows) {
     const int left = int(m - i < kGemmRows ? m - i : kGemmRows);
     const int64_t first = shape == Shape::upper ? (i < k ? i : k) : 0;
     const int64_t last = shape == Shape::lower ? (i + left < k ? i + left : k) : k;
     const Strided<T> block{a.data + i * a.row + first * a.col, a.row, a.col};
-    detail::rows<T, into>(left, n, last - first, block, b + first * ldb, ldb, c + i * ldc, ldc);
+    detail::rows<T, into>(left, n, last - first, block, b + first * ldb, ldb, c + i * ldc, ldc,
+                          keep);
   }
 }
 
@@ -107,7 +110,8 @@ inline void gemm_lower(int64_t m, int64_t k, Strided<T> a, const T* b, int64_t l
   for (int64_t i = 0; i < m; i += kGemmRows) {
     const int left = int(m - i < kGemmRows ? m - i : kGemmRows);
     const Strided<T> block{a.data + i * a.row, a.row, a.col};
-    detail::rows<T, Into::set>(left, round_up<T>(i + left), k, block, b, ldb, c + i * ldc, ldc);
+    detail::rows<T, Into::set>(left, round_up<T>(i + left), k, block, b, ldb, c + i * ldc, ldc,
+                               T(0));
   }
 }
 }  // namespace df::cpu::DF_ISA
