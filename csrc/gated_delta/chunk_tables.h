@@ -36,13 +36,13 @@ struct KeyPanels {
 // for g <= 0, and what would be a subnormal factor is 0.
 template <class T>
 struct Tables {
-  T *beta, *gam, *del, *decay, *scratch;
+  T *beta, *gam, *del, *decay;
   double *raw, *g, *G;  // g before and after the fused gate, not clamped; its running sum
   T chunk_decay;
   int64_t ldc;
   Tables(Arena& arena, const ChunkShape& s) : ldc(round_up<T>(s.C)) {
     beta = arena.take<T>(ldc), gam = arena.take<T>(ldc), del = arena.take<T>(ldc);
-    decay = arena.take<T>(s.C * ldc), scratch = arena.take<T>(ldc);
+    decay = arena.take<T>(s.C * ldc);
     raw = arena.take<double>(s.C), g = arena.take<double>(s.C), G = arena.take<double>(s.C);
   }
   void load(const ChunkInputs& in, int64_t batch, int64_t begin, int64_t head, int64_t rows) {

