@@ -15,7 +15,7 @@
 // Shared memory: 4 T (2 kTileK + tile + 2) bytes (1.2 KB at T=1, K=128; 18.5 KB at T=8, K=256), in
 // the order in which a thread reads its slice. Reads of q^ and k^ are free of bank conflicts, those
 // of v at most 2-way (k_first), the stores of the staging up to 4-way.
-// Registers: kRows * kSlice (16 to 64) of state; in all at most 126 (v_first), 156 (k_first).
+// Registers: kRows * kSlice (16 to 64) of state; in all at most 128 (v_first), 156 (k_first).
 // Bytes a CTA: its part of S once in and once out, 2 K + 2 tile elements a token.
 // FLOPs: 6 K tile a token. Bound by memory: 0.75 FLOP a byte for one token and a float state.
 #pragma once
@@ -180,10 +180,13 @@ __global__ void __launch_bounds__(C::kMaxThreads)
     const float* const q_t = sQ + t * C::kTileK + C::staged(lane, 0);
     float u[C::kRows] = {}, o[C::kRows] = {};
 #pragma unroll
-    for (int n = 0; n < C::kSlice; ++n) {
-      const float k = k_t[C::staged(0, n)];
+    for (int n = 0; n < C::kSlice; n += 4) {
+      float k[4];
+      load_shared(k_t + C::staged(0, n), k);
 #pragma unroll
-      for (int r = 0; r < C::kRows; ++r) u[r] += S[r][n] * k;
+      for (int w = 0; w < 4; ++w)
+#pragma unroll
+        for (int r = 0; r < C::kRows; ++r) u[r] += S[r][n + w] * k[w];
     }
 #pragma unroll
     for (int r = 0; r < C::kRows; ++r) {
@@ -191,13 +194,17 @@ __global__ void __launch_bounds__(C::kMaxThreads)
       u[r] = beta * (sV[t * tile + row_in_tile(r)] - decay * read);
     }
 #pragma unroll
-    for (int n = 0; n < C::kSlice; ++n) {
-      const float k = k_t[C::staged(0, n)], q = q_t[C::staged(0, n)];
+    for (int n = 0; n < C::kSlice; n += 4) {
+      float k[4], q[4];
+      load_shared(k_t + C::staged(0, n), k);
+      load_shared(q_t + C::staged(0, n), q);
 #pragma unroll
-      for (int r = 0; r < C::kRows; ++r) {
-        S[r][n] = decay * S[r][n] + u[r] * k;
-        o[r] += S[r][n] * q;
-      }
+      for (int w = 0; w < 4; ++w)
+#pragma unroll
+        for (int r = 0; r < C::kRows; ++r) {
+          S[r][n + w] = decay * S[r][n + w] + u[r] * k[w];
+          o[r] += S[r][n + w] * q[w];
+        }
     }
 #pragma unroll
     for (int r = 0; r < C::kRows; ++r) {

@@ -28,7 +28,9 @@ __device__ inline void from_float(float x, f16* out) {
   out->bits = __half_as_ushort(__float2half_rn(x));
 }
 
-// kCount elements at once: one, or 128 bits on a 16-byte boundary.
+// kCount elements of global memory at once: one, or 128 bits on a 16-byte boundary. Cached in L2
+// only: what is loaded this way is used once. (A plain access of a vector type reaches nvcc's
+// optimizer as single words, which it does not join again in every compilation.)
 template <int kCount, class E>
 __device__ inline void load_vector(const E* p, float (&x)[kCount]) {
   if constexpr (kCount == 1) {
@@ -39,7 +41,7 @@ __device__ inline void load_vector(const E* p, float (&x)[kCount]) {
       E e[kCount];
     } raw;
     static_assert(sizeof(raw) == 16);
-    raw.bits = *reinterpret_cast<const uint4*>(p);
+    raw.bits = __ldcg(reinterpret_cast<const uint4*>(p));
 #pragma unroll
     for (int i = 0; i < kCount; ++i) x[i] = to_float(raw.e[i]);
   }
@@ -56,8 +58,16 @@ __device__ inline void store_vector(E* p, const float (&x)[kCount]) {
     static_assert(sizeof(raw) == 16);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) from_float(x[i], &raw.e[i]);
-    *reinterpret_cast<uint4*>(p) = raw.bits;
+    __stcg(reinterpret_cast<uint4*>(p), raw.bits);
   }
+}
+
+// Four floats of shared memory, 128 bits on a 16-byte boundary.
+__device__ inline void load_shared(const float* p, float (&x)[4]) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(p));
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
+               : "r"(address));
 }
 
 __device__ inline float load_any(const void* p, DType type, int64_t i) {
