@@ -16,6 +16,18 @@ struct ChunkShape {
   int64_t group() const { return HV / H; }
 };
 
+// What a chunk of a value head can leave to its backward, in the compute type: S^T of the state
+// that entered [V, K], E [C, V] and T' [C, C]. Rows and columns are padded to 16, whatever the
+// instruction set; the padding holds anything.
+struct SavedLayout {
+  int64_t K, V, C;
+  explicit SavedLayout(const ChunkShape& s) : K(pad(s.K)), V(pad(s.V)), C(pad(s.C)) {}
+  int64_t e() const { return V * K; }
+  int64_t inverse() const { return e() + C * V; }
+  int64_t elements() const { return inverse() + C * C; }
+  static int64_t pad(int64_t n) { return (n + 15) / 16 * 16; }
+};
+
 struct ChunkInputs {
   ChunkShape shape;
   Input q, k, v, g, beta;
@@ -31,16 +43,26 @@ struct ChunkFwdArgs {
   ChunkInputs in;
   void* o;
   void* final_state;  // may be null
+  void* saved;        // [slots, HV, SavedLayout]; may be null
 };
 
 struct ChunkBwdArgs {
   ChunkInputs in;
   Input d_o;
   State d_final_state;
+  const void* saved;                // by the forward; may be null
   void *dq, *dk, *dv, *dg, *dbeta;  // dg, dbeta [B,T,HV] in the compute type
   void* d_initial_state;            // may be null
   double *dA_log, *ddt_bias;        // [N,HV], one partial sum a sequence; may be null
 };
+
+// Slots of a call in `saved`, and the first of a sequence; a packed sequence may leave one unused.
+inline int64_t saved_slots(const ChunkShape& s, int64_t batches, int64_t sequences, bool packed) {
+  return packed ? s.T / s.C + sequences : batches * ((s.T + s.C - 1) / s.C);
+}
+inline int64_t saved_slot(const ChunkShape& s, const Sequence& x, int64_t sequence) {
+  return x.batch * ((s.T + s.C - 1) / s.C) + x.begin / s.C + sequence - x.batch;
+}
 
 // Work of one call: value heads [first, last) of one q/k head, value columns [v0, v1).
 struct ChunkTask {

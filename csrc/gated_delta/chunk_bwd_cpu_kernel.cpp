@@ -1,21 +1,15 @@
 // Backward of the chunk form (gated_delta.md, 2.4 and the rectangle form of dg, 2.5). One task =
 // one q/k head of one sequence with all its value heads, so that dq and dk need no reduction.
 //
-// States are recomputed: a sweep forward keeps S at the first chunk of every segment; then, from
-// the last segment to the first, the segment's chunks are run again, keeping what `Saved` names,
-// and walked backwards. A segment is the whole sequence while that stays below kSavedBytes a
-// worker.
+// If the forward saved nothing, the states are recomputed: a sweep forward keeps S at the first
+// chunk of every segment; then, from the last segment to the first, the segment's chunks are run
+// again, keeping what `SavedLayout` names, and walked backwards. A segment is the whole sequence
+// while that stays below kSavedBytes a worker.
 #include "gated_delta/chunk_grads.h"
 
 namespace df::cpu::DF_ISA {
 namespace {
 constexpr int64_t kSavedBytes = 64 << 20, kSegment = 16;
-
-template <class T>
-int64_t saved_elements(const ChunkShape& s) {
-  const int64_t ldv = round_up<T>(s.V), ldc = round_up<T>(s.C);
-  return round_up<T>(s.K) * ldv + 2 * ldc * ldv + s.C * ldc;
-}
 
 // Chunks a segment, and segments of the longest sequence.
 template <class T>
@@ -23,7 +17,7 @@ struct Plan {
   int64_t chunks, segments;
   Plan(const ChunkShape& s, int64_t longest) {
     const int64_t all = (longest + s.C - 1) / s.C;
-    const int64_t bytes = all * s.group() * saved_elements<T>(s) * int64_t(sizeof(T));
+    const int64_t bytes = all * s.group() * SavedLayout(s).elements() * int64_t(sizeof(T));
     chunks = bytes <= kSavedBytes ? (all ? all : 1) : kSegment;
     segments = (all + chunks - 1) / chunks;
   }
@@ -35,6 +29,7 @@ struct Worker {
   const ChunkInputs& in;
   const ChunkShape& s;
   Plan<T> plan;
+  SavedLayout layout;
   int64_t ldk, ldv, state;
   KeyPanels<T> keys;
   GradPanels<T> b;
@@ -47,19 +42,23 @@ struct Worker {
         in(p.in),
         s(p.in.shape),
         plan(s, longest),
+        layout(s),
         ldk(round_up<T>(s.K)),
         ldv(round_up<T>(s.V)),
         state(ldk * ldv),
         keys(a, s),
         b(a, s) {
+    if (p.saved) return;
     checkpoints = a.take<T>(plan.segments * s.group() * state);
-    saved = a.take<T>(plan.chunks * s.group() * saved_elements<T>(s));
+    saved = a.take<T>(plan.chunks * s.group() * layout.elements());
   }
 
-  Saved<T> slot(int64_t chunk_in_segment, int64_t head) const {
-    T* at = saved + (chunk_in_segment * s.group() + head) * saved_elements<T>(s);
-    const int64_t panel = round_up<T>(s.C) * ldv;
-    return {at, at + state, at + state + panel, at + state + 2 * panel};
+  T* slot(int64_t chunk_in_segment, int64_t head) const {
+    return saved + (chunk_in_segment * s.group() + head) * layout.elements();
+  }
+  const T* slot_of_forward(int64_t chunk, int64_t head) const {
+    const int64_t slot = saved_slot(s, seq, task.sequence) + chunk;
+    return static_cast<const T*>(p.saved) + (slot * s.HV + task.first + head) * layout.elements();
   }
 
   int64_t rows(int64_t chunk) const {
@@ -67,21 +66,21 @@ struct Worker {
     return left < s.C ? left : s.C;
   }
 
-  // Chunks [first, last) from the states in b.states; keeps their `Saved` if asked.
+  // Chunks [first, last) from the states in b.states; keeps what the backward needs if asked.
+  // b.dO, b.dw and b.M are scratch here.
   void sweep(int64_t first, int64_t last, bool keep) {
     for (int64_t c = first; c < last; ++c) {
       const int64_t begin = seq.begin + c * s.C, n = rows(c);
       keys.load(in, seq.batch, begin, task.first / s.group(), n, false, s.C);
       for (int64_t h = 0; h < s.group(); ++h) {
         T* S = b.states + h * state;
-        const Saved<T> to = keep ? slot(c - first, h) : slot(0, h);
-        if (keep) transpose(S, ldv, s.K, ldv, to.S_T, ldk);
         b.t.load(in, seq.batch, begin, task.first + h, n);
         load_panel(in.v, seq.batch, begin, task.first + h, n, s.V, 0, b.v, ldv, s.C);
         lower_product<true, T>(b.t.decay, keys.kk, nullptr, 1, n, keys.ldc, b.L);
-        invert(b.L, b.t.beta, n, keys.ldc, to.inverse);
-        errors(in, keys, b.t, to.inverse, b.v, S, n, ldv, to.ks, b.w, to.e);
-        scale_rows(to.e, b.t.beta, T(1), n, ldv, b.w);
+        invert(b.L, b.t.beta, n, keys.ldc, b.M);
+        errors(in, keys, b.t, b.M, b.v, S, n, ldv, b.dO, b.w, b.dw);
+        if (keep) save_chunk<false>(keys, s, S, b.dw, ldv, b.M, 0, n, slot(c - first, h));
+        scale_rows(b.dw, b.t.beta, T(1), n, ldv, b.w);
         advance(in, keys, b.t, b.w, n, ldv, b.du, S);
       }
     }
@@ -94,35 +93,40 @@ struct Worker {
       __builtin_memset(b.dq, 0, n * ldk * sizeof(T));
       __builtin_memset(b.dk, 0, n * ldk * sizeof(T));
       for (int64_t h = 0; h < s.group(); ++h)
-        head_gradients(p, keys, b, slot(c - first, h), b.dstates + h * state, seq.batch, begin,
-                       task.first + h, n, b.sums + 2 * h);
+        head_gradients(p, keys, b,
+                       Saved<T>(layout, p.saved ? slot_of_forward(c, h) : slot(c - first, h)),
+                       b.dstates + h * state, seq.batch, begin, task.first + h, n, b.sums + 2 * h);
       key_gradients(p, keys, b, seq.batch, begin, task.first / s.group(), n);
+    }
+  }
+
+  void by_segments(int64_t chunks) {
+    const int64_t segments = (chunks + plan.chunks - 1) / plan.chunks, size = s.group() * state;
+    const auto last = [&](int64_t segment) {
+      const int64_t end = (segment + 1) * plan.chunks;
+      return end < chunks ? end : chunks;
+    };
+    for (int64_t i = 0; i < segments; ++i) {
+      __builtin_memcpy(checkpoints + i * size, b.states, size * sizeof(T));
+      if (i + 1 < segments) sweep(i * plan.chunks, last(i), false);
+    }
+    for (int64_t i = segments - 1; i >= 0; --i) {
+      __builtin_memcpy(b.states, checkpoints + i * size, size * sizeof(T));
+      sweep(i * plan.chunks, last(i), true);
+      walk_back(i * plan.chunks, last(i));
     }
   }
 
   void run(const ChunkTask& work) {
     task = work, seq = in.sequences[work.sequence];
     const int64_t chunks = (seq.end - seq.begin + s.C - 1) / s.C, G = s.group();
-    const int64_t segments = (chunks + plan.chunks - 1) / plan.chunks;
     for (int64_t h = 0; h < G; ++h) {
       const int64_t index = task.sequence * s.HV + task.first + h;
       load_state(in, in.initial_state, index, 0, s.V, b.states + h * state, ldv);
       load_state(in, p.d_final_state, index, 0, s.V, b.dstates + h * state, ldv);
       b.sums[2 * h] = b.sums[2 * h + 1] = 0;
     }
-    const auto last = [&](int64_t segment) {
-      const int64_t end = (segment + 1) * plan.chunks;
-      return end < chunks ? end : chunks;
-    };
-    for (int64_t i = 0; i < segments; ++i) {
-      __builtin_memcpy(checkpoints + i * G * state, b.states, G * state * sizeof(T));
-      if (i + 1 < segments) sweep(i * plan.chunks, last(i), false);
-    }
-    for (int64_t i = segments - 1; i >= 0; --i) {
-      __builtin_memcpy(b.states, checkpoints + i * G * state, G * state * sizeof(T));
-      sweep(i * plan.chunks, last(i), true);
-      walk_back(i * plan.chunks, last(i));
-    }
+    p.saved ? walk_back(0, chunks) : by_segments(chunks);
     for (int64_t h = 0; h < G; ++h) {
       const int64_t index = task.sequence * s.HV + task.first + h;
       if (p.d_initial_state)

@@ -82,12 +82,18 @@ std::vector<ChunkTask> backward_tasks(const ChunkInputs& in, int64_t sequences) 
   return tasks;
 }
 
-std::tuple<Tensor, Tensor> fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
-                               const Tensor& beta, const OptTensor& initial_state,
-                               const OptTensor& cu_seqlens, const OptTensor& A_log,
-                               const OptTensor& dt_bias, double scale, bool l2norm,
-                               double sigmoid_scale, bool state_v_first, int64_t chunk_size,
-                               bool output_final_state) {
+Tensor saved_by_forward(const Tensor& q, const ChunkInputs& in, int64_t sequences, bool packed) {
+  const int64_t slots = saved_slots(in.shape, q.size(0), sequences, packed);
+  return empty(q, {slots, in.shape.HV, SavedLayout(in.shape).elements()}, compute_type(q));
+}
+
+std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& q, const Tensor& k, const Tensor& v,
+                                       const Tensor& g, const Tensor& beta,
+                                       const OptTensor& initial_state, const OptTensor& cu_seqlens,
+                                       const OptTensor& A_log, const OptTensor& dt_bias,
+                                       double scale, bool l2norm, double sigmoid_scale,
+                                       bool state_v_first, int64_t chunk_size,
+                                       bool output_final_state, bool save) {
   const Inputs in = gather(q, k, v, g, beta, initial_state, cu_seqlens, A_log, dt_bias, chunk_size);
   const int64_t n = int64_t(in.sequences.size()), HV = v.size(2), K = q.size(3), V = v.size(3);
   const Tensor o = empty(q, {q.size(0), q.size(1), HV, V});
@@ -96,25 +102,28 @@ std::tuple<Tensor, Tensor> fwd(const Tensor& q, const Tensor& k, const Tensor& v
                              : state_v_first     ? empty(q, {n, HV, V, K}, type)
                                                  : empty(q, {n, HV, K, V}, type);
   zero_padding(o, in.covered);
-  const ChunkFwdArgs args{in.args(chunk_size, scale, l2norm, sigmoid_scale, state_v_first),
-                          o.mutable_data_ptr(),
-                          output_final_state ? final_state.mutable_data_ptr() : nullptr};
+  const ChunkInputs inputs = in.args(chunk_size, scale, l2norm, sigmoid_scale, state_v_first);
+  const Tensor saved =
+      save ? saved_by_forward(q, inputs, n, cu_seqlens.has_value()) : empty(q, {0}, type);
+  const ChunkFwdArgs args{inputs, o.mutable_data_ptr(),
+                          output_final_state ? final_state.mutable_data_ptr() : nullptr,
+                          save ? saved.mutable_data_ptr() : nullptr};
   int64_t bytes;
   DF_CPU(chunk_fwd_scratch)(args, &bytes);
   auto* kernel = DF_CPU(chunk_fwd);
   run_tasks(forward_tasks(args.in, n, torch::stable::get_num_threads()), in.sequences, bytes,
             5 * q.size(3),
             [&](const ChunkTask& task, void* scratch) { kernel(args, task, scratch); });
-  return {o, final_state};
+  return {o, final_state, saved};
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Gradients bwd(const Tensor& d_o_, const OptTensor& d_final_state_, const Tensor& q, const Tensor& k,
-              const Tensor& v, const Tensor& g, const Tensor& beta, const OptTensor& initial_state,
-              const OptTensor& cu_seqlens, const OptTensor& A_log, const OptTensor& dt_bias,
-              double scale, bool l2norm, double sigmoid_scale, bool state_v_first,
-              int64_t chunk_size) {
+Gradients bwd(const Tensor& d_o_, const OptTensor& d_final_state_, const OptTensor& saved,
+              const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
+              const Tensor& beta, const OptTensor& initial_state, const OptTensor& cu_seqlens,
+              const OptTensor& A_log, const OptTensor& dt_bias, double scale, bool l2norm,
+              double sigmoid_scale, bool state_v_first, int64_t chunk_size) {
   const Inputs in = gather(q, k, v, g, beta, initial_state, cu_seqlens, A_log, dt_bias, chunk_size);
   const Tensor d_o = unit_last_stride(d_o_);
   const OptTensor d_final_state = readable_state(d_final_state_, q);
@@ -129,9 +138,15 @@ Gradients bwd(const Tensor& d_o_, const OptTensor& d_final_state_, const Tensor&
                                      : empty(q, {n, HV, K, V}, type);
   for (const Tensor& t : {dq, dk, dv, dg, dbeta}) zero_padding(t, in.covered);
   std::vector<double> dA_log(A_log ? n * HV : 0), ddt_bias(dt_bias ? n * HV : 0);
-  const ChunkBwdArgs args{in.args(chunk_size, scale, l2norm, sigmoid_scale, state_v_first),
+  const ChunkInputs inputs = in.args(chunk_size, scale, l2norm, sigmoid_scale, state_v_first);
+  STD_TORCH_CHECK(
+      !saved || saved->numel() == saved_slots(inputs.shape, B, n, cu_seqlens.has_value()) * HV *
+                                      SavedLayout(inputs.shape).elements(),
+      "gated_delta: saved does not belong to these inputs");
+  const ChunkBwdArgs args{inputs,
                           input(d_o),
                           dense(d_final_state),
+                          saved ? saved->const_data_ptr() : nullptr,
                           dq.mutable_data_ptr(),
                           dk.mutable_data_ptr(),
                           dv.mutable_data_ptr(),

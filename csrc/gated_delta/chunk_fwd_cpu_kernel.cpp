@@ -35,9 +35,10 @@ void store_output(const ChunkFwdArgs& p, const T* o, int64_t ldv, int64_t batch,
   });
 }
 
+// `slot`: where to save, or null.
 template <class T>
 void head_chunk(const ChunkFwdArgs& p, const ChunkTask& task, FwdPanels<T>& b, int64_t batch,
-                int64_t begin, int64_t head, int64_t rows) {
+                int64_t begin, int64_t head, int64_t rows, T* slot) {
   const ChunkInputs& in = p.in;
   const int64_t n = task.v1 - task.v0, ldv = round_up<T>(n), ldc = b.keys.ldc, K = in.shape.K;
   T* S = b.states + (head - task.first) * round_up<T>(K) * ldv;
@@ -47,6 +48,7 @@ void head_chunk(const ChunkFwdArgs& p, const ChunkTask& task, FwdPanels<T>& b, i
   lower_product<true, T>(b.t.decay, b.keys.kk, nullptr, 1, rows, ldc, b.lower);
   invert(b.lower, b.t.beta, rows, ldc, b.inverse);
   errors(in, b.keys, b.t, b.inverse, b.v, S, rows, ldv, b.ks, b.w, b.e);
+  if (slot) save_chunk<true>(b.keys, in.shape, S, b.e, ldv, b.inverse, task.v0, rows, slot);
   T* u = b.w;
   scale_rows(b.e, b.t.beta, T(1), rows, ldv, u);
 
@@ -69,12 +71,18 @@ void run(const ChunkFwdArgs& p, const ChunkTask& task, void* scratch) {
   for (int64_t h = task.first; h < task.last; ++h)
     load_state(in, in.initial_state, task.sequence * s.HV + h, task.v0, n,
                b.states + (h - task.first) * state, ldv);
+  T* saved = static_cast<T*>(p.saved);
+  const int64_t slot_elements = SavedLayout(s).elements();
+  if (saved) saved += saved_slot(s, seq, task.sequence) * s.HV * slot_elements;
   for (int64_t begin = seq.begin; begin < seq.end; begin += s.C) {
     const int64_t rows = seq.end - begin < s.C ? seq.end - begin : s.C;
     b.keys.load(in, seq.batch, begin, task.first / s.group(), rows, true, s.C);
     for (int64_t h = task.first; h < task.last; ++h)
-      head_chunk(p, task, b, seq.batch, begin, h, rows);
+      head_chunk(p, task, b, seq.batch, begin, h, rows,
+                 saved ? saved + h * slot_elements : nullptr);
+    if (saved) saved += s.HV * slot_elements;
   }
+  stream_end();
   if (!p.final_state) return;
   for (int64_t h = task.first; h < task.last; ++h)
     store_state(in, b.states + (h - task.first) * state, ldv, task.sequence * s.HV + h, task.v0, n,

@@ -4,10 +4,18 @@
 
 namespace df::cpu::DF_ISA {
 namespace {
-// Kept from the sweep forward: the state that entered, transposed, K S, E and T'.
+// One chunk of one value head, in `SavedLayout`.
 template <class T>
 struct Saved {
-  T *S_T, *ks, *e, *inverse;
+  const T *S_T, *e, *inverse;
+  int64_t ldk, ldv, ldc;
+  Saved(const SavedLayout& layout, const T* at)
+      : S_T(at),
+        e(at + layout.e()),
+        inverse(at + layout.inverse()),
+        ldk(layout.K),
+        ldv(layout.V),
+        ldc(layout.C) {}
 };
 
 template <class T>
@@ -15,7 +23,7 @@ struct GradPanels {
   Tables<T> t;
   int64_t ldk, ldv, ldc;
   T *states, *dstates, *v, *w, *du, *dw, *dO, *eT, *dS_T;  // value side
-  T *dq, *dk, *x, *kd;                                     // key side
+  T *dq, *dk, *x, *y, *kd;                                 // key side
   T *L, *P, *M, *dP, *dKK, *Z;                             // C x C
   T *rho, *kap, *dbeta, *columns;
   double* sums;  // a head: sum dg g, sum da
@@ -25,7 +33,8 @@ struct GradPanels {
     states = a.take<T>(s.group() * ldk * ldv), dstates = a.take<T>(s.group() * ldk * ldv);
     v = a.take<T>(value), w = a.take<T>(value), du = a.take<T>(value), dw = a.take<T>(value);
     dO = a.take<T>(value), eT = a.take<T>(value), dS_T = a.take<T>(ldk * ldv);
-    dq = a.take<T>(key), dk = a.take<T>(key), x = a.take<T>(key), kd = a.take<T>(key);
+    dq = a.take<T>(key), dk = a.take<T>(key), x = a.take<T>(key);
+    y = a.take<T>(key), kd = a.take<T>(key);
     L = a.take<T>(square), P = a.take<T>(square), M = a.take<T>(square);
     dP = a.take<T>(square), dKK = a.take<T>(square), Z = a.take<T>(square);
     rho = a.take<T>(ldc), kap = a.take<T>(ldc), dbeta = a.take<T>(ldc), columns = a.take<T>(ldc);
@@ -48,7 +57,7 @@ void value_gradients(const ChunkInputs& in, const KeyPanels<T>& keys, GradPanels
   lower_product<false, T>(b.t.decay, keys.qk, nullptr, T(in.scale), n, ldc, b.P);
   gemm<Into::add, Shape::upper>(n, ldv, n, transposed(b.P, ldc), b.dO, ldv, b.du, ldv);
   scale_rows(b.du, b.t.beta, T(1), n, ldv, b.w);
-  gemm<Into::set, Shape::upper>(n, ldv, n, transposed(kept.inverse, ldc), b.w, ldv, b.dw, ldv);
+  gemm<Into::set, Shape::upper>(n, ldv, n, transposed(kept.inverse, kept.ldc), b.w, ldv, b.dw, ldv);
 }
 
 // The C x C gradients: M = dW E^T, dP = sc Gam o (dO U^T), dKK = -Gam o strictlower(M) diag(beta),
@@ -57,7 +66,7 @@ template <class T>
 void square_gradients(const ChunkInputs& in, const KeyPanels<T>& keys, GradPanels<T>& b,
                       const Saved<T>& kept, int64_t n) {
   const int64_t V = in.shape.V, ldv = b.ldv, ldc = b.ldc;
-  transpose(kept.e, ldv, n, ldv, b.eT, ldc);
+  transpose(kept.e, kept.ldv, n, ldv, b.eT, ldc);
   gemm_lower(n, V, plain(b.dw, ldv), b.eT, ldc, b.M, ldc);
   gemm_lower(n, V, plain(b.dO, ldv), b.eT, ldc, b.Z, ldc);
   lower_product<false, T>(b.t.decay, b.Z, b.t.beta, T(in.scale), n, ldc, b.dP);
@@ -66,7 +75,7 @@ void square_gradients(const ChunkInputs& in, const KeyPanels<T>& keys, GradPanel
   lower_product<true, T>(b.L, b.M, nullptr, T(1), n, ldc, b.L);
   __builtin_memset(b.columns, 0, ldc * sizeof(T));
   for (int64_t i = 0; i < n; ++i) {
-    b.dbeta[i] = dot_row(kept.e + i * ldv, b.du + i * ldv, ldv);
+    b.dbeta[i] = dot_row(kept.e + i * kept.ldv, b.du + i * ldv, ldv);
     for (int64_t j = 0; j <= i; j += kLanes<T>) {
       store(b.columns + j, load(b.columns + j) + load(b.L + i * ldc + j));
     }
@@ -77,30 +86,30 @@ void square_gradients(const ChunkInputs& in, const KeyPanels<T>& keys, GradPanel
   for (int64_t i = 0; i < n; ++i) add_rows(b.L + i * ldc, round_up<T>(i + 1), b.Z + i * ldc);
 }
 
-// dQ += X + dP K, dK += Kd - (gam o dW) S^T + dP^T Q + (dKK + dKK^T) K with
-// X = sc gam o (dO S^T), Kd = del o (U dS^T); rho and kap for dg. Leaves -gam o dW in
-// b.w and dS^T in b.dS_T.
+// dQ += X + dP K, dK += Kd + Y + dP^T Q + (dKK + dKK^T) K with X = sc gam o (dO S^T),
+// Kd = del o (U dS^T), Y = -(gam o dW) S^T; kap = k . kd and rho = q . x + k . y for dg.
+// Leaves -gam o dW in b.w and dS^T in b.dS_T.
 template <class T>
 void add_key_gradients(const ChunkInputs& in, const KeyPanels<T>& keys, GradPanels<T>& b,
                        const Saved<T>& kept, const T* dS, int64_t n) {
   const int64_t K = in.shape.K, V = in.shape.V, ldk = b.ldk, ldv = b.ldv, ldc = b.ldc;
   transpose(dS, ldv, K, ldv, b.dS_T, ldk);
-  scale_rows(kept.e, b.t.beta, T(1), n, ldv, b.w);
+  scale_rows(kept.e, kept.ldv, b.t.beta, T(1), n, ldv, b.w);
   gemm(n, ldk, V, plain(b.w, ldv), b.dS_T, ldk, b.kd, ldk);
   scale_rows(b.kd, b.t.del, T(1), n, ldk, b.kd);
-  gemm(n, ldk, V, plain(b.dO, ldv), kept.S_T, ldk, b.x, ldk);
+  gemm(n, ldk, V, plain(b.dO, ldv), kept.S_T, kept.ldk, b.x, ldk);
   scale_rows(b.x, b.t.gam, T(in.scale), n, ldk, b.x);
-  for (int64_t i = 0; i < n; ++i) {
-    b.kap[i] = dot_row(keys.k + i * ldk, b.kd + i * ldk, ldk);
-    b.rho[i] = dot_row(keys.q + i * ldk, b.x + i * ldk, ldk) -
-               b.t.gam[i] * dot_row(kept.ks + i * ldv, b.dw + i * ldv, ldv);
-  }
-  add_rows(b.x, n * ldk, b.dq);
-  gemm<Into::add, Shape::lower>(n, ldk, n, plain(b.dP, ldc), keys.k, ldk, b.dq, ldk);
-
   scale_rows(b.dw, b.t.gam, T(-1), n, ldv, b.w);
-  add_rows(b.kd, n * ldk, b.dk);
-  gemm<Into::add>(n, ldk, V, plain(b.w, ldv), kept.S_T, ldk, b.dk, ldk);
+  gemm(n, ldk, V, plain(b.w, ldv), kept.S_T, kept.ldk, b.y, ldk);
+  for (int64_t i = 0; i < n; ++i) {
+    const T *q = keys.q + i * ldk, *k = keys.k + i * ldk;
+    T *x = b.x + i * ldk, *y = b.y + i * ldk, *kd = b.kd + i * ldk;
+    b.kap[i] = dot_row(k, kd, ldk);
+    b.rho[i] = dot_row(q, x, ldk) + dot_row(k, y, ldk);
+    add_rows(x, ldk, b.dq + i * ldk);
+    add_rows(y, ldk, b.dk + i * ldk), add_rows(kd, ldk, b.dk + i * ldk);
+  }
+  gemm<Into::add, Shape::lower>(n, ldk, n, plain(b.dP, ldc), keys.k, ldk, b.dq, ldk);
   gemm<Into::add, Shape::upper>(n, ldk, n, transposed(b.dP, ldc), keys.q, ldk, b.dk, ldk);
   gemm<Into::add, Shape::lower>(n, ldk, n, plain(b.dKK, ldc), keys.k, ldk, b.dk, ldk);
   gemm<Into::add, Shape::upper>(n, ldk, n, transposed(b.dKK, ldc), keys.k, ldk, b.dk, ldk);
@@ -156,9 +165,11 @@ void head_gradients(const ChunkBwdArgs& p, const KeyPanels<T>& keys, GradPanels<
   add_key_gradients(in, keys, b, kept, dS, n);
 
   const int64_t token = batch * s.T + begin, at = token * s.HV + head;
-  const T inner = b.t.chunk_decay * dot_row(b.dS_T, kept.S_T, s.V * b.ldk);
-  scalar_gradients(p, b, inner, n, head, static_cast<T*>(p.dg) + at, static_cast<T*>(p.dbeta) + at,
-                   sums);
+  T inner = 0;  // <dS, S>
+  for (int64_t v = 0; v < s.V; ++v)
+    inner += dot_row(b.dS_T + v * b.ldk, kept.S_T + v * kept.ldk, b.ldk);
+  scalar_gradients(p, b, b.t.chunk_decay * inner, n, head, static_cast<T*>(p.dg) + at,
+                   static_cast<T*>(p.dbeta) + at, sums);
   store_rows(b.dw, b.ldv, n, s.V, in.q.dtype, p.dv, at * s.V, s.HV * s.V);
 
   gemm<Into::add>(s.K, b.ldv, n, transposed(keys.k, b.ldk), b.w, b.ldv, dS, b.ldv, b.t.chunk_decay);

@@ -4,6 +4,7 @@
 #pragma once
 #include "common/cpu/gemm.h"
 #include "common/cpu/math.h"
+#include "common/cpu/stream.h"
 #include "gated_delta/panels.h"
 
 namespace df::cpu::DF_ISA {
@@ -119,7 +120,7 @@ void invert(const T* L, const T* beta, int64_t rows, int64_t ld, T* inverse) {
     if (last < rows) invert<T, kVectors + 1>(L, beta, rows, ld, inverse);
 }
 
-// E = T' (V - gam o K S) of one chunk, with KS kept for the backward.
+// E = T' (V - gam o K S) of one chunk; ks and w are scratch.
 template <class T>
 void errors(const ChunkInputs& in, const KeyPanels<T>& keys, const Tables<T>& t, const T* inverse,
             const T* v, const T* S, int64_t rows, int64_t ldv, T* ks, T* w, T* e) {
@@ -130,12 +131,34 @@ void errors(const ChunkInputs& in, const KeyPanels<T>& keys, const Tables<T>& t,
   gemm<Into::set, Shape::lower>(rows, ldv, rows, plain(inverse, keys.ldc), w, ldv, e, ldv);
 }
 
+// S^T, E and T' to a slot for the backward: the columns of V from v0 on, T' with the first of them.
+// By streaming stores if the backward is another call: nothing of it stays in the cache till then.
+template <bool streaming, class T>
+void save_chunk(const KeyPanels<T>& keys, const ChunkShape& s, const T* S, const T* e, int64_t ldv,
+                const T* inverse, int64_t v0, int64_t rows, T* slot) {
+  const SavedLayout to(s);
+  const auto put = [](T* p, Vec<T> v) { streaming ? stream(p, v) : store(p, v); };
+  const auto copy = [&](const T* from, int64_t ld_from, T* rows_of, int64_t ld_to) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t c = 0; c < ld_from; c += kLanes<T>)
+        put(rows_of + i * ld_to + c, load(from + i * ld_from + c));
+  };
+  transpose(S, ldv, s.K, ldv, slot + v0 * to.K, to.K, put);
+  copy(e, ldv, slot + to.e() + v0, to.V);
+  if (v0 == 0) copy(inverse, keys.ldc, slot + to.inverse(), to.C);
+}
+
 // to_i = factor_i x_i, by rows.
 template <class T>
-void scale_rows(const T* x, const T* factor, T scale, int64_t rows, int64_t ld, T* to) {
+void scale_rows(const T* x, int64_t ldx, const T* factor, T scale, int64_t rows, int64_t ld,
+                T* to) {
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t c = 0; c < ld; c += kLanes<T>)
-      store(to + i * ld + c, load(x + i * ld + c) * (factor[i] * scale));
+      store(to + i * ld + c, load(x + i * ldx + c) * (factor[i] * scale));
+}
+template <class T>
+void scale_rows(const T* x, const T* factor, T scale, int64_t rows, int64_t ld, T* to) {
+  scale_rows(x, ld, factor, scale, rows, ld, to);
 }
 
 // S <- e^{G_C} S + K^T (del o U); du is scratch for del o U.

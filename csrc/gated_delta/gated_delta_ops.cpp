@@ -3,14 +3,16 @@
 DF_SCHEMAS(m) {
   // sigmoid_scale: 0 = beta is given, else beta = sigmoid_scale * sigmoid(beta)
   // A_log given: g is the pre-activation a, g = -exp(A_log) softplus(a + dt_bias)
+  // saved: what the backward else computes again; empty unless asked for
   m.def(
       "gated_delta_fwd(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_state,"
       " Tensor? cu_seqlens, Tensor? A_log, Tensor? dt_bias, float scale, bool l2norm,"
-      " float sigmoid_scale, bool state_v_first, int chunk_size, bool output_final_state)"
-      " -> (Tensor o, Tensor final_state)");
+      " float sigmoid_scale, bool state_v_first, int chunk_size, bool output_final_state,"
+      " bool save) -> (Tensor o, Tensor final_state, Tensor saved)");
   m.def(
-      "gated_delta_bwd(Tensor d_o, Tensor? d_final_state, Tensor q, Tensor k, Tensor v, Tensor g,"
-      " Tensor beta, Tensor? initial_state, Tensor? cu_seqlens, Tensor? A_log, Tensor? dt_bias,"
+      "gated_delta_bwd(Tensor d_o, Tensor? d_final_state, Tensor? saved, Tensor q, Tensor k,"
+      " Tensor v, Tensor g, Tensor beta, Tensor? initial_state, Tensor? cu_seqlens, Tensor? A_log, "
+      "Tensor? dt_bias,"
       " float scale, bool l2norm, float sigmoid_scale, bool state_v_first, int chunk_size)"
       " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dbeta, Tensor d_initial_state,"
       " Tensor dA_log, Tensor ddt_bias)");

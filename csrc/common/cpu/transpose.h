@@ -19,9 +19,16 @@ struct Interleave {  // masks that take the lower (upper) halves of two vectors 
 };
 }  // namespace detail
 
+struct Store {  // where the rows of a result go
+  template <class T>
+  void operator()(T* p, Vec<T> v) const {
+    store(p, v);
+  }
+};
+
 // One block. log2(lanes) rounds of perfect shuffles move the row index into the lane index.
-template <class T>
-inline void transpose_block(const T* from, int64_t ld_from, T* to, int64_t ld_to) {
+template <class T, class Put = Store>
+inline void transpose_block(const T* from, int64_t ld_from, T* to, int64_t ld_to, Put put = {}) {
   constexpr int n = kLanes<T>;
   const detail::Interleave<T> mask;
   Vec<T> a[n], b[n];
@@ -38,16 +45,16 @@ inline void transpose_block(const T* from, int64_t ld_from, T* to, int64_t ld_to
     for (int i = 0; i < n; ++i) a[i] = b[i];
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < n; ++i) store(to + i * ld_to, a[i]);
+  for (int i = 0; i < n; ++i) put(to + i * ld_to, a[i]);
 }
 
 // to[j][i] = from[i][j], for whole blocks: both panels have their rows and columns padded to whole
 // vectors, and the padding is moved along.
-template <class T>
+template <class T, class Put = Store>
 inline void transpose(const T* from, int64_t ld_from, int64_t rows, int64_t cols, T* to,
-                      int64_t ld_to) {
+                      int64_t ld_to, Put put = {}) {
   for (int64_t i = 0; i < rows; i += kLanes<T>)
     for (int64_t j = 0; j < cols; j += kLanes<T>)
-      transpose_block(from + i * ld_from + j, ld_from, to + j * ld_to + i, ld_to);
+      transpose_block(from + i * ld_from + j, ld_from, to + j * ld_to + i, ld_to, put);
 }
 }  // namespace df::cpu::DF_ISA

@@ -1,5 +1,7 @@
 """The chunked gated delta rule as an operator: fake kernels, gradient, and the public function."""
 
+import functools
+import math
 import os
 import warnings
 from typing import NamedTuple
@@ -20,11 +22,13 @@ from .validation import (
 )
 
 OP = "chunk_gated_delta_rule"
+# bytes of one call's saved states: a stack of thirty such layers takes half of the memory
+_MOST_SAVED = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 64
 _debug = os.environ.get("DELTAFUSE_DEBUG", "0") not in ("", "0")
 
 
 class Call(NamedTuple):
-    """The raw operator's arguments but its last, output_final_state; see csrc for the schema."""
+    """The raw operator's arguments but its last two, output_final_state and save; see csrc."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -42,8 +46,20 @@ class Call(NamedTuple):
     chunk_size: int
 
 
+def _saved_shape(call):
+    """What the forward leaves to the backward: S^T, E and T' of each chunk, padded to 16."""
+    K, V, C = (-(-n // 16) * 16 for n in (call.q.shape[3], call.v.shape[3], call.chunk_size))
+    B, T = call.q.shape[:2]
+    if call.cu_seqlens is None:
+        slots = B * -(-T // call.chunk_size)
+    else:
+        slots = T // call.chunk_size + call.cu_seqlens.shape[0] - 1
+    return slots, call.v.shape[2], K * V + call.chunk_size * V + C * C
+
+
 def _fwd_fake(*args):
-    call, output_final_state = Call(*args[:-1]), args[-1]
+    *call, output_final_state, save = args
+    call = Call(*call)
     N = call.q.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
     shape = (N, call.v.shape[2], call.q.shape[3], call.v.shape[3])
     if call.state_v_first:
@@ -51,10 +67,11 @@ def _fwd_fake(*args):
     state = call.q.new_empty(
         shape if output_final_state else (0,), dtype=reference.compute_dtype(call.q)
     )
-    return call.v.new_empty(call.v.shape), state
+    saved = call.q.new_empty(_saved_shape(call) if save else (0,), dtype=state.dtype)
+    return call.v.new_empty(call.v.shape), state, saved
 
 
-def _bwd_fake(d_o, d_final_state, *args):
+def _bwd_fake(d_o, d_final_state, saved, *args):
     call = Call(*args)
     dtype = reference.compute_dtype(call.q)
     inputs = (*call[:6], call.A_log, call.dt_bias)
@@ -65,21 +82,24 @@ def _bwd_fake(d_o, d_final_state, *args):
 
 def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:9])
-    ctx.options = inputs[9:-1]
-    ctx.output_final_state = inputs[-1]
+    *_, saved = output
+    ctx.mark_non_differentiable(saved)
+    *inputs, ctx.output_final_state, save = inputs
+    ctx.save_for_backward(*inputs[:9], saved if save else None)
+    ctx.options = inputs[9:]
 
 
-def _backward(ops, ctx, d_o, d_final_state):
-    call = Call(*ctx.saved_tensors, *ctx.options)
+def _backward(ops, ctx, d_o, d_final_state, _d_saved):
+    *tensors, saved = ctx.saved_tensors
+    call = Call(*tensors, *ctx.options)
     if d_o is None:
         d_o = call.v.new_zeros(call.v.shape)
     if not ctx.output_final_state:
         d_final_state = None
-    *grads, dA_log, ddt_bias = ops.gated_delta_bwd(d_o, d_final_state, *call)
+    *grads, dA_log, ddt_bias = ops.gated_delta_bwd(d_o, d_final_state, saved, *call)
     grads = (*grads, None, dA_log, ddt_bias)
     needed = ctx.needs_input_grad[:9]
-    options = [None] * (len(ctx.options) + 1)
+    options = [None] * (len(ctx.options) + 2)
     return *(x if need else None for x, need in zip(grads, needed, strict=True)), *options
 
 
@@ -93,8 +113,7 @@ _library.register(
 )
 
 
-def _reference(*args):
-    call, output_final_state = Call(*args[:-1]), args[-1]
+def _reference(call, output_final_state):
     return reference.naive_chunk_gated_delta_rule(
         *call[:5],
         scale=call.scale,
@@ -118,7 +137,18 @@ def _warn(message, category=UserWarning):
         warnings.warn(message, category, stacklevel=4)
 
 
-def _run(call, output_final_state):
+def _saves(call, save_states):
+    """Whether the forward leaves its states to a backward: "auto" while that takes little memory."""
+    tensors = (t for t in call if isinstance(t, torch.Tensor))
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        return False
+    if save_states != "auto":
+        return save_states
+    size = reference.compute_dtype(call.q).itemsize
+    return math.prod(_saved_shape(call)) * size <= _MOST_SAVED
+
+
+def _run(save_states, call, output_final_state):
     """(o, final state or None) of a checked call, by the kernel or the reference."""
     op = _library.kernel("gated_delta_fwd", call.q)
     if op is not None and max(call.q.shape[3], call.v.shape[3]) > MAX_HEAD:
@@ -127,7 +157,10 @@ def _run(call, output_final_state):
             f"{MAX_HEAD}, using the PyTorch reference"
         )
         op = None
-    o, final_state = (op or _reference)(*call, output_final_state)
+    if op is None:
+        o, final_state = _reference(call, output_final_state)
+    else:
+        o, final_state, _ = op(*call, output_final_state, _saves(call, save_states))
     return o, final_state if output_final_state else None
 
 
@@ -191,9 +224,13 @@ def chunk_gated_delta_rule(
             which sequence n uses row state_indices[n]; -1 starts from zero and writes nothing.
         auto_cp: True runs each sequence as up to 8 segments side by side, which is exact; False
             forbids it; None decides, on the CPU against it (heads fill the cores).
-        batch_invariant, save_states ("auto", True, False), precision (None, "fast", "high"):
-            choices of CUDA kernels. The CPU kernel is always batch invariant and deterministic,
-            recomputes the states in backward, and computes in float32 (float64 for float64).
+        save_states: True keeps, for the backward, the state that enters each chunk and two small
+            matrices (4 (K V + C V + C C) bytes a chunk of C tokens and value head in float32);
+            False computes them again there, a quarter more work; "auto" keeps them while a call's
+            take at most 1/64 of the machine's memory. The gradients are the same, bit for bit.
+        batch_invariant, precision (None, "fast", "high"): choices of CUDA kernels. The CPU kernel
+            is always batch invariant and deterministic, and computes in float32 (float64 for
+            float64).
         chunk_indices, enable_fwd_cp_cache: accepted and without effect.
 
     Returns:
@@ -221,10 +258,11 @@ def chunk_gated_delta_rule(
     tensors = (q, k, v, g, beta, state, cu_seqlens, A_log, dt_bias)
     options = (scale, use_qk_l2norm_in_kernel, sigmoid_scale, state_v_first, chunk_size)
     call, want_state = Call(*tensors, *options), output_final_state or output_state is not None
+    run = functools.partial(_run, save_states)
     if auto_cp:
-        o, final_state = segments.run_split(_run, call, want_state, cu_seqlens_cpu)
+        o, final_state = segments.run_split(run, call, want_state, cu_seqlens_cpu)
     else:
-        o, final_state = _run(call, want_state)
+        o, final_state = run(call, want_state)
     if output_state is None:
         return o, final_state
     _write_states(output_state, state_indices, final_state)
