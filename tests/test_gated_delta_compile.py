@@ -19,7 +19,7 @@ OPCHECK_CASES = {
 
 
 def raw_arguments(case, fused, v_first):
-    """Of gated_delta_fwd, without output_final_state."""
+    """Of gated_delta_fwd, without output_final_state and save."""
     x = make(case, fused=fused)
     state = x.get("initial_state")
     if v_first:
@@ -37,7 +37,13 @@ def test_opcheck_forward(name, grad):
         args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
     op = _library.kernel("gated_delta_fwd", args[0]).default
     for output_final_state in (False, True):
-        torch.library.opcheck(op, (*args, output_final_state))
+        torch.library.opcheck(op, (*args, output_final_state, False))
+
+
+def test_opcheck_forward_that_saves():
+    args = raw_arguments(Case(B=2, T=128, K=16, V=32), True, False)  # without padding, unspecified
+    op = _library.kernel("gated_delta_fwd", args[0]).default
+    torch.library.opcheck(op, (*args, True, True))
 
 
 @pytest.mark.parametrize("name", OPCHECK_CASES)
@@ -45,10 +51,10 @@ def test_opcheck_backward(name):
     args = raw_arguments(*OPCHECK_CASES[name])
     args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
     op = _library.kernel("gated_delta_fwd", args[0])
-    o, ht = op(*args, True)
+    o, ht, saved = op(*args, True, True)
     bwd = _library.kernel("gated_delta_bwd", args[0]).default
-    for d_state in (None, torch.randn_like(ht)):
-        torch.library.opcheck(bwd, (torch.randn_like(o), d_state, *args))
+    for d_state, of_forward in ((None, saved), (torch.randn_like(ht), None)):
+        torch.library.opcheck(bwd, (torch.randn_like(o), d_state, of_forward, *args))
 
 
 def loss_of(x, **options):

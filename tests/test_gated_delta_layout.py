@@ -197,5 +197,5 @@ def test_training_saves_only_its_inputs():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        chunk_gated_delta_rule(**x, **FUSED)
+        chunk_gated_delta_rule(**x, **FUSED, save_states=False)
     assert set(saved) == {t.data_ptr() for t in x.values()}
