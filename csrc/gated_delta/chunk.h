@@ -44,17 +44,27 @@ struct ChunkFwdArgs {
   void* o;
   void* final_state;  // may be null
   void* saved;        // [slots, HV, SavedLayout]; may be null
+  bool streaming;     // of o
 };
 
 struct ChunkBwdArgs {
   ChunkInputs in;
   Input d_o;
   State d_final_state;
-  const void* saved;                // by the forward; may be null
-  void *dq, *dk, *dv, *dg, *dbeta;  // dg, dbeta [B,T,HV] in the compute type
-  void* d_initial_state;            // may be null
-  double *dA_log, *ddt_bias;        // [N,HV], one partial sum a sequence; may be null
+  const void* saved;                      // by the forward; may be null
+  void *dq, *dk, *dv, *dg, *dbeta;        // dg, dbeta [B,T,HV] in the compute type
+  void* d_initial_state;                  // may be null
+  double *dA_log, *ddt_bias;              // [N,HV], one partial sum a sequence; may be null
+  bool streaming_keys, streaming_values;  // of dq and dk, of dv
 };
+
+// Whether results of that many float or double elements go past the caches: they are larger than
+// the second-level cache of two cores, so that nothing of them would be found there, and their rows
+// of n elements are whole vectors.
+inline bool streams(DType dtype, int64_t elements, int64_t n) {
+  const int64_t size = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 0;
+  return elements * size >= (8 << 20) && n * size % 64 == 0;
+}
 
 // Slots of a call in `saved`, and the first of a sequence; a packed sequence may leave one unused.
 inline int64_t saved_slots(const ChunkShape& s, int64_t batches, int64_t sequences, bool packed) {

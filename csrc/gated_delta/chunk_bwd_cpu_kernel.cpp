@@ -141,6 +141,7 @@ template <class T>
 void run(const ChunkBwdArgs& p, int64_t longest, const ChunkTask& task, void* scratch) {
   Arena arena{static_cast<char*>(scratch)};
   Worker<T>(arena, p, longest).run(task);
+  stream_end();
 }
 }  // namespace
 

@@ -105,9 +105,9 @@ std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& q, const Tensor& k, const T
   const ChunkInputs inputs = in.args(chunk_size, scale, l2norm, sigmoid_scale, state_v_first);
   const Tensor saved =
       save ? saved_by_forward(q, inputs, n, cu_seqlens.has_value()) : empty(q, {0}, type);
-  const ChunkFwdArgs args{inputs, o.mutable_data_ptr(),
-                          output_final_state ? final_state.mutable_data_ptr() : nullptr,
-                          save ? saved.mutable_data_ptr() : nullptr};
+  const ChunkFwdArgs args{
+      inputs, o.mutable_data_ptr(), output_final_state ? final_state.mutable_data_ptr() : nullptr,
+      save ? saved.mutable_data_ptr() : nullptr, streams(dtype(o), o.numel(), V)};
   int64_t bytes;
   DF_CPU(chunk_fwd_scratch)(args, &bytes);
   auto* kernel = DF_CPU(chunk_fwd);
@@ -154,7 +154,9 @@ Gradients bwd(const Tensor& d_o_, const OptTensor& d_final_state_, const OptTens
                           dbeta.mutable_data_ptr(),
                           initial_state ? dh0.mutable_data_ptr() : nullptr,
                           A_log ? dA_log.data() : nullptr,
-                          dt_bias ? ddt_bias.data() : nullptr};
+                          dt_bias ? ddt_bias.data() : nullptr,
+                          streams(dtype(dq), dq.numel(), K),
+                          streams(dtype(dv), dv.numel(), V)};
   int64_t bytes;
   const int64_t longest = in.longest();
   DF_CPU(chunk_bwd_scratch)(args, longest, &bytes);

@@ -21,20 +21,6 @@ struct FwdPanels {
   }
 };
 
-template <class T>
-void store_output(const ChunkFwdArgs& p, const T* o, int64_t ldv, int64_t batch, int64_t begin,
-                  int64_t head, int64_t rows, const ChunkTask& task) {
-  const ChunkShape& s = p.in.shape;
-  dispatch(p.in.q.dtype, [&](auto tag) {
-    using E = typename decltype(tag)::type;
-    if constexpr (std::is_same_v<Compute<E>, T>)
-      for (int64_t i = 0; i < rows; ++i)
-        store_row(o + i * ldv,
-                  static_cast<E*>(p.o) + ((batch * s.T + begin + i) * s.HV + head) * s.V + task.v0,
-                  task.v1 - task.v0);
-  });
-}
-
 // `slot`: where to save, or null.
 template <class T>
 void head_chunk(const ChunkFwdArgs& p, const ChunkTask& task, FwdPanels<T>& b, int64_t batch,
@@ -56,7 +42,8 @@ void head_chunk(const ChunkFwdArgs& p, const ChunkTask& task, FwdPanels<T>& b, i
   scale_rows(b.o, b.t.gam, T(in.scale), rows, ldv, b.o);
   lower_product<false, T>(b.t.decay, b.keys.qk, nullptr, T(in.scale), rows, ldc, b.lower);
   gemm<Into::add, Shape::lower>(rows, ldv, rows, plain(b.lower, ldc), u, ldv, b.o, ldv);
-  store_output(p, b.o, ldv, batch, begin, head, rows, task);
+  const int64_t first = ((batch * in.shape.T + begin) * in.shape.HV + head) * in.shape.V + task.v0;
+  store_rows(b.o, ldv, rows, n, in.q.dtype, p.o, first, in.shape.HV * in.shape.V, p.streaming);
   advance(in, b.keys, b.t, u, rows, ldv, b.e, S);
 }
 

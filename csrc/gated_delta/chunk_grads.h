@@ -170,7 +170,7 @@ void head_gradients(const ChunkBwdArgs& p, const KeyPanels<T>& keys, GradPanels<
     inner += dot_row(b.dS_T + v * b.ldk, kept.S_T + v * kept.ldk, b.ldk);
   scalar_gradients(p, b, b.t.chunk_decay * inner, n, head, static_cast<T*>(p.dg) + at,
                    static_cast<T*>(p.dbeta) + at, sums);
-  store_rows(b.dw, b.ldv, n, s.V, in.q.dtype, p.dv, at * s.V, s.HV * s.V);
+  store_rows(b.dw, b.ldv, n, s.V, in.q.dtype, p.dv, at * s.V, s.HV * s.V, p.streaming_values);
 
   gemm<Into::add>(s.K, b.ldv, n, transposed(keys.k, b.ldk), b.w, b.ldv, dS, b.ldv, b.t.chunk_decay);
   scale_rows(b.dO, b.t.gam, T(in.scale), n, b.ldv, b.w);
@@ -186,8 +186,8 @@ void key_gradients(const ChunkBwdArgs& p, const KeyPanels<T>& keys, GradPanels<T
     l2norm_bwd(keys.k + i * b.ldk, keys.rk[i], b.dk + i * b.ldk, b.ldk);
   }
   const int64_t first = ((batch * s.T + begin) * s.H + key_head) * s.K, stride = s.H * s.K;
-  store_rows(b.dq, b.ldk, n, s.K, p.in.q.dtype, p.dq, first, stride);
-  store_rows(b.dk, b.ldk, n, s.K, p.in.q.dtype, p.dk, first, stride);
+  store_rows(b.dq, b.ldk, n, s.K, p.in.q.dtype, p.dq, first, stride, p.streaming_keys);
+  store_rows(b.dk, b.ldk, n, s.K, p.in.q.dtype, p.dk, first, stride, p.streaming_keys);
 }
 }  // namespace
 }  // namespace df::cpu::DF_ISA

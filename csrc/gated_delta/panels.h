@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "common/cpu/convert.h"
+#include "common/cpu/stream.h"
 #include "common/cpu/transpose.h"
 #include "gated_delta/chunk.h"
 #include "gated_delta/preact.h"
@@ -57,15 +58,23 @@ void load_panel(const Input& x, int64_t batch, int64_t begin, int64_t head, int6
   });
 }
 
-// The other way: row i of the panel, n columns, to element first + i * stride.
+// The other way: row i of the panel, n columns, to element first + i * stride; if `streaming`, as
+// whole vectors past the caches.
 template <class T>
 void store_rows(const T* panel, int64_t ld, int64_t rows, int64_t n, DType dtype, void* to,
-                int64_t first, int64_t stride) {
+                int64_t first, int64_t stride, bool streaming = false) {
   dispatch(dtype, [&](auto tag) {
     using E = typename decltype(tag)::type;
+    E* const out = static_cast<E*>(to) + first;
+    if constexpr (std::is_same_v<E, T>)
+      if (streaming) {
+        for (int64_t i = 0; i < rows; ++i)
+          for (int64_t c = 0; c < n; c += kLanes<T>)
+            stream(out + i * stride + c, load(panel + i * ld + c));
+        return;
+      }
     if constexpr (std::is_same_v<Compute<E>, T>)
-      for (int64_t i = 0; i < rows; ++i)
-        store_row(panel + i * ld, static_cast<E*>(to) + first + i * stride, n);
+      for (int64_t i = 0; i < rows; ++i) store_row(panel + i * ld, out + i * stride, n);
   });
 }
 
