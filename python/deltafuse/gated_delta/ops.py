@@ -138,7 +138,7 @@ def _warn(message, category=UserWarning):
 
 
 def _saves(call, save_states):
-    """Whether the forward keeps its states for a backward; "auto": while they take little memory."""
+    """Whether the forward keeps states for a backward; "auto": while they take little memory."""
     tensors = (t for t in call if isinstance(t, torch.Tensor))
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         return False
