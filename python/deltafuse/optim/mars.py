@@ -180,7 +180,6 @@ class MARS(Optimizer):
             if i in saved["state"]:
                 self.state[p] = loaded_state(saved["state"][i], p)
 
-    @torch._disable_dynamo
     def _init_group(self, group, params, grads, exp_avgs, exp_avg_sqs, last_grads, maxima, steps):
         """Fills the lists, MARS-path parameters first, and creates missing state."""
         with_grad = []
