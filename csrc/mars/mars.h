@@ -21,9 +21,9 @@ struct MarsSection {
   MarsRule rule;
   MarsCaution caution;
   MarsMaster master;
-  bool corrected;   // there is an h: c = (1 + s) g - s h, clipped; else c = g
-  bool stateless;   // h is folded into m: m <- beta1 m + (1 - gamma) (1 - beta1) g, d = m + gamma g
-  bool write_h;     // h <- g; else h is only read, in the sign of the raw gradient
+  bool corrected;  // there is an h: c = (1 + s) g - s h, clipped; else c = g
+  bool stateless;  // h is folded into m: m <- beta1 m + (1 - gamma) (1 - beta1) g, d = m + gamma g
+  bool write_h;    // h <- g; else h is only read, in the sign of the raw gradient
   bool maximize;
   bool stochastic;  // bfloat16 parameters without a master are rounded at random
   double lr, weight_decay, gamma, beta1, beta2, eps, clip, factor;  // clip: inf for none

@@ -1,18 +1,18 @@
 // The constants of one tensor's step from its section's hyper-parameters (mars.md 2.1), on the host
-// and on the device.
+// and on the device. static: copies for different instruction sets must not be merged.
 #pragma once
 #include <cmath>
 
 #include "mars/mars.h"
 
 #if defined(__CUDACC__)
-#define DF_HOST_DEVICE __host__ __device__
+#define DF_HOST_DEVICE static __host__ __device__
 #else
-#define DF_HOST_DEVICE
+#define DF_HOST_DEVICE static
 #endif
 
 namespace df {
-constexpr double kMarsMaxStep = 1 << 24;       // float32 counts no further
+constexpr double kMarsMaxStep = 1 << 24;    // float32 counts no further
 constexpr double kMarsMinAgreement = 1e-3;  // of caution: smallest fraction that is divided by
 
 // `step` counts this step. clip and caution_scale are 1: they depend on the tensor's elements.

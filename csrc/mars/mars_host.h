@@ -1,0 +1,197 @@
+// What the hosts of the MARS family share: lists of tensors and encoded sections become
+// MarsTensors.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <string>
+
+#include "common/op.h"
+#include "mars/mars_scalars.h"
+
+namespace df {
+using Tensors = std::vector<Tensor>;
+
+// Integers and numbers of a section in the operator's arguments; python/deltafuse/optim/sections.py
+// writes them in this order.
+constexpr size_t kSectionInts = 5, kSectionNumbers = 8;
+enum SectionFlag {
+  kCorrected = 1,
+  kStateless = 2,
+  kWriteH = 4,
+  kMaximize = 8,
+  kStochastic = 16,
+  kAmsgrad = 32
+};
+
+struct MarsLists {  // a section's tensors follow those of the section before, where it has such
+  Tensors params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, last_grads, masters, absmaxes,
+      state_steps;
+};
+
+struct MarsCall {
+  std::vector<MarsSection> sections;
+  std::vector<bool> amsgrad;    // of each section
+  std::vector<int64_t> counts;  // tensors of each section
+  std::vector<MarsTensor> tensors;
+  std::vector<Tensor> steps;  // of each tensor; `given` sections count no steps
+};
+
+inline MarsCall mars_sections(const std::vector<int64_t>& ints,
+                              const std::vector<double>& numbers) {
+  STD_TORCH_CHECK(ints.size() % kSectionInts == 0 &&
+                      numbers.size() / kSectionNumbers == ints.size() / kSectionInts &&
+                      numbers.size() % kSectionNumbers == 0,
+                  "mars: sections of ", ints.size(), " integers and ", numbers.size(), " numbers");
+  MarsCall call;
+  for (size_t i = 0; i < ints.size() / kSectionInts; ++i) {
+    const int64_t* n = &ints[i * kSectionInts];
+    const double* x = &numbers[i * kSectionNumbers];
+    const auto has = [&](SectionFlag flag) { return (n[4] & flag) != 0; };
+    call.counts.push_back(n[0]);
+    call.amsgrad.push_back(has(kAmsgrad));
+    call.sections.push_back({MarsRule(n[1]), MarsCaution(n[2]), MarsMaster(n[3]), has(kCorrected),
+                             has(kStateless), has(kWriteH), has(kMaximize), has(kStochastic), x[0],
+                             x[1], x[2], x[3], x[4], x[5], x[6], x[7]});
+  }
+  return call;
+}
+
+inline bool is_dense(const Tensor& t) {  // some order of the dimensions is contiguous
+  if (t.is_contiguous()) return true;
+  std::vector<std::pair<int64_t, int64_t>> dims;
+  for (int64_t i = 0; i < t.dim(); ++i) dims.emplace_back(t.stride(i), t.size(i));
+  std::sort(dims.begin(), dims.end());
+  int64_t expected = 1;
+  for (auto [stride, size] : dims) {
+    if (size != 1 && stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+// Draws a section's tensors from the lists, in order, and checks that they go with their parameter.
+class MarsReader {
+ public:
+  explicit MarsReader(const MarsLists& lists) : lists_(lists) {}
+
+  MarsTensor next(const MarsSection& x, bool amsgrad, int32_t section) {
+    p_ = &take("params", lists_.params, params_);
+    STD_TORCH_CHECK(is_dense(*p_), "mars: ", name("params"), " must be dense");
+    MarsTensor t{};
+    t.n = p_->numel(), t.section = section, t.number = uint32_t(params_ - 1);
+    t.p = {p_->data_ptr(), dtype(*p_)};
+    const Tensor& g = like_p("grads", lists_.grads, grads_);
+    t.g = g.const_data_ptr(), t.g_type = dtype(g);
+    if (x.rule == MarsRule::given) return master(x, t);
+    t.m = state("exp_avgs", lists_.exp_avgs, moments_);
+    if (x.rule == MarsRule::adamw) t.v = state("exp_avg_sqs", lists_.exp_avg_sqs, squares_);
+    if (amsgrad) t.vmax = state("max_exp_avg_sqs", lists_.max_exp_avg_sqs, maxima_);
+    if (x.corrected) t.h = array(like_p("last_grads", lists_.last_grads, last_));
+    step_ = take("state_steps", lists_.state_steps, steps_);
+    STD_TORCH_CHECK(step_->numel() == 1 && step_->scalar_type() == ScalarType::Float,
+                    "mars: ", name("state_steps"), " must be one float32");
+    return master(x, t);
+  }
+  const Tensor& step() const { return *step_; }
+  bool done() const {
+    return params_ == lists_.params.size() && grads_ == lists_.grads.size() &&
+           moments_ == lists_.exp_avgs.size() && squares_ == lists_.exp_avg_sqs.size() &&
+           maxima_ == lists_.max_exp_avg_sqs.size() && last_ == lists_.last_grads.size() &&
+           masters_ == lists_.masters.size() && absmaxes_ == lists_.absmaxes.size() &&
+           steps_ == lists_.state_steps.size();
+  }
+
+ private:
+  const Tensor& take(const char* list, const Tensors& tensors, size_t& at) {
+    STD_TORCH_CHECK(at < tensors.size(), "mars: ", list, " has only ", tensors.size(), " tensors");
+    return tensors[at++];
+  }
+  std::string name(const char* list) const {
+    return std::string(list) + " of parameter " + std::to_string(params_ - 1);
+  }
+  const Tensor& like_p(const char* list, const Tensors& tensors, size_t& at) {
+    const Tensor& t = take(list, tensors, at);
+    bool same = t.is_cpu() == p_->is_cpu() && t.dim() == p_->dim();
+    for (int64_t d = 0; same && d < t.dim(); ++d)
+      same = t.size(d) == p_->size(d) && (t.size(d) == 1 || t.stride(d) == p_->stride(d));
+    STD_TORCH_CHECK(same || (t.numel() == 0 && p_->numel() == 0), "mars: ", name(list),
+                    " must have its shape, strides and device");
+    return t;
+  }
+  MarsArray array(const Tensor& t) {
+    if (t.scalar_type() != ScalarType::Byte) return {t.data_ptr(), dtype(t)};
+    const Tensor& factors = take("absmaxes", lists_.absmaxes, absmaxes_);
+    STD_TORCH_CHECK(factors.numel() == (t.numel() + kMarsQuantum - 1) / kMarsQuantum &&
+                        factors.scalar_type() == ScalarType::Float,
+                    "mars: ", name("absmaxes"), " must have a float32 for every ", kMarsQuantum,
+                    " elements");
+    return {t.data_ptr(), DType::f32, static_cast<float*>(factors.data_ptr())};
+  }
+  MarsArray state(const char* list, const Tensors& tensors, size_t& at) {
+    const Tensor& t = like_p(list, tensors, at);
+    const bool wide = t.scalar_type() == compute_type(*p_);
+    STD_TORCH_CHECK(
+        wide || (p_->scalar_type() != ScalarType::Double &&
+                 (t.scalar_type() == ScalarType::BFloat16 || t.scalar_type() == ScalarType::Byte)),
+        "mars: ", name(list),
+        " must be float32, bfloat16 or uint8, or float64 for a float64 parameter");
+    return array(t);
+  }
+  MarsTensor& master(const MarsSection& x, MarsTensor& t) {
+    STD_TORCH_CHECK(!x.stochastic || p_->scalar_type() == ScalarType::BFloat16,
+                    "mars: stochastic rounding needs bfloat16 parameters");
+    if (x.master == MarsMaster::none) return t;
+    const bool split = x.master == MarsMaster::split16;
+    const Tensor& m = like_p("masters", lists_.masters, masters_);
+    STD_TORCH_CHECK(m.scalar_type() == (split ? ScalarType::Short : ScalarType::Float) &&
+                        (!split || p_->scalar_type() == ScalarType::BFloat16),
+                    "mars: ", name("masters"),
+                    " must be float32, or the int16 low halves of a bfloat16 one");
+    t.master = m.data_ptr();
+    return t;
+  }
+
+  const MarsLists& lists_;
+  const Tensor* p_ = nullptr;
+  std::optional<Tensor> step_;
+  size_t params_ = 0, grads_ = 0, moments_ = 0, squares_ = 0, maxima_ = 0, last_ = 0, masters_ = 0,
+         absmaxes_ = 0, steps_ = 0;
+};
+
+inline MarsCall mars_call(const MarsLists& lists, const std::vector<int64_t>& ints,
+                          const std::vector<double>& numbers) {
+  MarsCall call = mars_sections(ints, numbers);
+  MarsReader reader(lists);
+  for (size_t s = 0; s < call.sections.size(); ++s)
+    for (int64_t i = 0; i < call.counts[s]; ++i) {
+      call.tensors.push_back(reader.next(call.sections[s], call.amsgrad[s], int32_t(s)));
+      if (call.sections[s].rule != MarsRule::given) call.steps.push_back(reader.step());
+    }
+  STD_TORCH_CHECK(reader.done(), "mars: the lists have more tensors than the sections");
+  return call;
+}
+
+// g and h alone, for norms; grads and last_grads belong to `corrected` sections.
+inline MarsCall mars_norm_call(const Tensors& grads, const Tensors& last_grads,
+                               const Tensors& absmaxes, const std::vector<int64_t>& ints,
+                               const std::vector<double>& numbers) {
+  MarsCall call = mars_sections(ints, numbers);
+  size_t at = 0, factors = 0;
+  for (size_t s = 0; s < call.sections.size(); ++s)
+    for (int64_t i = 0; i < call.counts[s]; ++i, ++at) {
+      STD_TORCH_CHECK(at < grads.size() && at < last_grads.size(), "mars: too few tensors");
+      const Tensor &g = grads[at], &h = last_grads[at];
+      STD_TORCH_CHECK(g.numel() == h.numel(), "mars: grads and last_grads of different sizes");
+      MarsTensor t{};
+      t.n = g.numel(), t.section = int32_t(s), t.number = uint32_t(at);
+      t.p.type = compute_type(g) == ScalarType::Double ? DType::f64 : DType::f32;
+      t.g = g.const_data_ptr(), t.g_type = dtype(g);
+      const bool codes = h.scalar_type() == ScalarType::Byte;
+      STD_TORCH_CHECK(!codes || factors < absmaxes.size(), "mars: too few absmaxes");
+      t.h = {h.data_ptr(), codes ? DType::f32 : dtype(h),
+             codes ? static_cast<float*>(absmaxes[factors++].data_ptr()) : nullptr};
+      call.tensors.push_back(t);
+    }
+  return call;
+}
+}  // namespace df
