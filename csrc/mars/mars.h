@@ -51,4 +51,21 @@ struct MarsTensor {
   int32_t section;
   uint32_t number;  // keys the random bits
 };
+
+// Of stochastic rounding; step counts this one.
+struct MarsRandom {
+  uint64_t seed;
+  uint32_t step;
+};
+
+namespace cpu {
+// Elements [begin, end), begin a multiple of kMarsChunk: the sum of (a g - b h)^2; how many have
+// d g > 0; the step.
+DF_DECLARE_CPU(mars_norm, const MarsTensor& t, const MarsScalars& x, int64_t begin, int64_t end,
+               double* sum)
+DF_DECLARE_CPU(mars_agreement, const MarsTensor& t, const MarsSection& section,
+               const MarsScalars& x, int64_t begin, int64_t end, double* count)
+DF_DECLARE_CPU(mars_update, const MarsTensor& t, const MarsSection& section, const MarsScalars& x,
+               const MarsRandom& random, int64_t begin, int64_t end)
+}  // namespace cpu
 }  // namespace df

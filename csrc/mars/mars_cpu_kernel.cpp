@@ -1,45 +1,15 @@
-// Streams of 1024 elements: whatever has the compute type T is used in place, other types pass
-// through a converted copy in the L1 cache, so that one loop serves every mix of dtypes.
-// Bytes an element (fp32): norm 8 read; update 20 read, 16 written. ~20 flop: memory-bound.
+// Bytes an element (fp32 mars-adamw): norm 8 read; update 20 read, 16 written. ~20 flop:
+// memory-bound.
+#if defined(__AVX2__)
 #include <immintrin.h>
+#endif
 
-#include "common/cpu/convert.h"
-#include "common/cpu/math.h"
-#include "mars/mars.h"
+#include "mars/mars_arrays.h"
 
 namespace df::cpu::DF_ISA {
 namespace {
-constexpr int64_t kBlock = 1024;
 constexpr int kSums = 4;         // independent chains of additions
 constexpr int64_t kAhead = 512;  // elements; the hardware's own prefetch alone takes 15 % longer
-template <class T>
-constexpr DType kNative = sizeof(T) == 8 ? DType::f64 : DType::f32;
-
-template <class T>
-const T* read(DType type, const void* from, int64_t at, int64_t n, T* copy) {
-  if (type == kNative<T>) return static_cast<const T*>(from) + at;
-  dispatch(type, [&](auto tag) {
-    using E = typename decltype(tag)::type;
-    const E* e = static_cast<const E*>(from) + at;
-    if constexpr (sizeof(Compute<E>) == sizeof(T))
-      load_row(e, copy, n);
-    else
-      for (int64_t i = 0; i < n; ++i) copy[i] = T(to_compute(e[i]));
-  });
-  return copy;
-}
-
-template <class T>
-void write(DType type, const T* from, void* to, int64_t at, int64_t n) {
-  dispatch(type, [&](auto tag) {
-    using E = typename decltype(tag)::type;
-    E* e = static_cast<E*>(to) + at;
-    if constexpr (sizeof(Compute<E>) == sizeof(T))
-      store_row(from, e, n);
-    else
-      for (int64_t i = 0; i < n; ++i) from_compute(Compute<E>(from[i]), e + i);
-  });
-}
 
 inline Vec<double> add_squares(Vec<double> sum, Vec<double> x) {
   return sum + x * x;
@@ -68,21 +38,14 @@ inline Vec<double> add_squares(Vec<double> sum, Vec<float> x) {
 }
 
 template <class T>
-Vec<T> load_some(const T* p, int64_t n) {  // zeros behind the n elements
-  Vec<T> v{};
-  __builtin_memcpy(&v, p, n * sizeof(T));
-  return v;
-}
-
-template <class T>
-double norm(const MarsTensor& t, int64_t begin, int64_t end) {
+double norm(const MarsTensor& t, const MarsScalars& x, int64_t begin, int64_t end) {
   T g_copy[kBlock], h_copy[kBlock];
-  const T a = T(t.a * t.grad_scale), b = T(t.b);
+  const T a = T(x.a * x.g_scale), b = T(x.b);
   Vec<double> sums[kSums] = {};
   for (int64_t at = begin; at < end; at += kBlock) {
     const int64_t n = end - at < kBlock ? end - at : kBlock;
-    const T* g = read(t.g_type, t.g, at, n, g_copy);
-    const T* h = read<T>(t.h_type, t.h, at, n, h_copy);
+    const T* g = open<T>({const_cast<void*>(t.g), t.g_type}, at, n, g_copy);
+    const T* h = open<T>(t.h, at, n, h_copy);
     int64_t i = 0;
     for (; i + kSums * kLanes<T> <= n; i += kSums * kLanes<T>)
 #pragma GCC unroll 4
@@ -92,11 +55,8 @@ double norm(const MarsTensor& t, int64_t begin, int64_t end) {
         __builtin_prefetch(h + k + kAhead);
         sums[j] = add_squares(sums[j], Vec<T>(a * load(g + k) - b * load(h + k)));
       }
-    for (; i < n; i += kLanes<T>) {
-      const int64_t left = n - i < kLanes<T> ? n - i : kLanes<T>;
-      const Vec<T> c = a * load_some(g + i, left) - b * load_some(h + i, left);
-      sums[0] = add_squares(sums[0], c);
-    }
+    for (; i < n; i += kLanes<T>)
+      sums[0] = add_squares(sums[0], Vec<T>(a * load(g + i) - b * load(h + i)));
   }
   return sum<double>((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
@@ -107,139 +67,208 @@ struct Streams {
   T *p, *m, *v, *vmax, *h_out;
 };
 
-// m after the step, and the gradient in its sign and scale.
-template <class T, bool kMatrix>
-inline Vec<T> momentum(const MarsTensor& t, const Streams<T>& s, int64_t i, Vec<T>& g, Vec<T>& c) {
-  const T a = T(t.a), b = T(t.b), clip = T(t.clip), beta = T(t.beta1), rest = T(1 - t.beta1);
-  g = load(s.g + i) * T(t.grad_scale);
-  if constexpr (kMatrix)
-    c = (a * g - b * load(s.h + i)) * clip;
-  else
-    c = g;
-  return beta * load(s.m + i) + rest * c;
+enum class Path { plain, corrected, stateless };
+
+// One element vector: g in its sign and scale, c, the state m after the step, the direction d.
+template <class T>
+struct Momentum {
+  Vec<T> g, c, m, d;
+};
+template <class T, Path path>
+inline Momentum<T> momentum(const MarsScalars& x, const Streams<T>& s, int64_t i) {
+  Momentum<T> y;
+  y.g = y.c = load(s.g + i) * T(x.g_scale);
+  if constexpr (path == Path::corrected) y.c = (T(x.a) * y.g - T(x.b) * load(s.h + i)) * T(x.clip);
+  if constexpr (path == Path::stateless) y.c = T(x.a) * y.g;
+  y.d = y.m = T(x.beta1) * load(s.m + i) + T(x.rest1) * y.c;
+  if constexpr (path == Path::stateless) y.d = y.m + T(x.extra) * y.g;
+  return y;
 }
 
-template <class T, bool kMatrix, bool kCautious>
-void step(const MarsTensor& t, const Streams<T>& s, int64_t n) {
-  const T beta = T(t.beta2), rest = T(1 - t.beta2), rsqrt_bias2 = T(t.rsqrt_bias2);
-  const T eps = T(t.eps), decay = T(t.decay), size = T(t.step_size);
-  const Vec<T> scale = splat(T(t.caution_scale)), zero{};
+template <class T>
+inline Vec<T> sign(Vec<T> x) {  // NaN stays
+  const Vec<T> one = splat(T(1)), zero{};
+  return x > zero ? one : x < zero ? Vec<T>(-one) : x;
+}
+
+// The direction after the second moment, and that stored.
+template <class T>
+inline Vec<T> adam(const MarsScalars& x, const Streams<T>& s, int64_t i, const Momentum<T>& y) {
+  Vec<T> v = T(x.beta2) * load(s.v + i) + T(1 - x.beta2) * (y.c * y.c);
+  store(s.v + i, v);
+  if (s.vmax) {
+    const Vec<T> before = load(s.vmax + i);
+    v = before > v ? before : v;  // a NaN in v stays
+    store(s.vmax + i, v);
+  }
+  return y.d / (sqrt<T>(v) * T(x.rsqrt_bias2) + T(x.eps));
+}
+
+template <class T, MarsRule rule, Path path, bool kCautious>
+void step(const MarsScalars& x, const Streams<T>& s, int64_t n) {
+  const Vec<T> scale = splat(T(x.caution_scale)), zero{};
   for (int64_t i = 0; i < n; i += kLanes<T>) {
     __builtin_prefetch(s.m + i + kAhead, 1);
-    __builtin_prefetch(s.v + i + kAhead, 1);
+    if constexpr (rule == MarsRule::adamw) __builtin_prefetch(s.v + i + kAhead, 1);
     __builtin_prefetch(s.p + i + kAhead, 1);
     __builtin_prefetch(s.g + i + kAhead);
-    if constexpr (kMatrix) __builtin_prefetch(s.h + i + kAhead, 1);
-    Vec<T> g, c;
-    const Vec<T> m = momentum<T, kMatrix>(t, s, i, g, c);
-    Vec<T> v = beta * load(s.v + i) + rest * (c * c);
-    store(s.m + i, m);
-    store(s.v + i, v);
-    if (s.vmax) {
-      const Vec<T> before = load(s.vmax + i);
-      v = before > v ? before : v;  // a NaN in v stays
-      store(s.vmax + i, v);
+    if constexpr (path == Path::corrected) __builtin_prefetch(s.h + i + kAhead, 1);
+    const Momentum<T> y = momentum<T, path>(x, s, i);
+    store(s.m + i, y.m);
+    Vec<T> u = y.d;
+    if constexpr (rule == MarsRule::adamw) u = adam<T>(x, s, i, y);
+    if constexpr (rule == MarsRule::lion) u = sign<T>(u);
+    if constexpr (kCautious) u = y.d * y.g > zero ? Vec<T>(u * scale) : zero;
+    if constexpr (rule == MarsRule::momentum) {
+      store(s.p + i, u);
+    } else {
+      const Vec<T> p = load(s.p + i);
+      store(s.p + i, Vec<T>(p - (T(x.decay) * p + T(x.step_size) * u)));
     }
-    Vec<T> u = m / (sqrt<T>(v) * rsqrt_bias2 + eps);
-    if constexpr (kCautious) u = m * g > zero ? Vec<T>(u * scale) : zero;
-    const Vec<T> p = load(s.p + i);
-    store(s.p + i, Vec<T>(p - (decay * p + size * u)));
-    if constexpr (kMatrix)
-      if (s.h_out) store(s.h_out + i, g);
+    if constexpr (path == Path::corrected)
+      if (s.h_out) store(s.h_out + i, y.g);
   }
 }
 
 template <class T>
-void steps(const MarsTensor& t, const Streams<T>& s, int64_t n) {
-  if (!t.h) return step<T, false, false>(t, s, n);
-  return t.cautious ? step<T, true, true>(t, s, n) : step<T, true, false>(t, s, n);
+void step_given(const MarsScalars& x, const Streams<T>& s, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes<T>) {
+    const Vec<T> p = load(s.p + i), u = load(s.g + i) * T(x.g_scale);
+    store(s.p + i, Vec<T>(p - (T(x.decay) * p + T(x.step_size) * u)));
+  }
 }
 
-// Fewer elements than a vector: the same loop on padded copies.
-template <class T>
-void step_tail(const MarsTensor& t, const Streams<T>& s, int64_t n) {
-  Vec<T> g = load_some(s.g, n), h{}, p = load_some(s.p, n), m = load_some(s.m, n);
-  Vec<T> v = load_some(s.v, n), vmax{}, h_out{};
-  if (s.h) h = load_some(s.h, n);
-  if (s.vmax) vmax = load_some(s.vmax, n);
-  const auto pointer = [](Vec<T>& x) { return reinterpret_cast<T*>(&x); };
-  steps<T>(t,
-           {pointer(g), pointer(h), pointer(p), pointer(m), pointer(v),
-            s.vmax ? pointer(vmax) : nullptr, s.h_out ? pointer(h_out) : nullptr},
-           kLanes<T>);
-  const int64_t bytes = n * sizeof(T);
-  __builtin_memcpy(s.p, &p, bytes);
-  __builtin_memcpy(s.m, &m, bytes);
-  __builtin_memcpy(s.v, &v, bytes);
-  if (s.vmax) __builtin_memcpy(s.vmax, &vmax, bytes);
-  if (s.h_out) __builtin_memcpy(s.h_out, &h_out, bytes);
+template <class T, MarsRule rule>
+void steps_of(const MarsSection& section, const MarsScalars& x, const Streams<T>& s, int64_t n) {
+  const bool cautious = section.caution != MarsCaution::off;
+  if (section.corrected)
+    return cautious ? step<T, rule, Path::corrected, true>(x, s, n)
+                    : step<T, rule, Path::corrected, false>(x, s, n);
+  if constexpr (rule != MarsRule::adamw)
+    if (section.stateless)
+      return cautious ? step<T, rule, Path::stateless, true>(x, s, n)
+                      : step<T, rule, Path::stateless, false>(x, s, n);
+  step<T, rule, Path::plain, false>(x, s, n);
 }
 
 template <class T>
-void update(const MarsTensor& t, int64_t begin, int64_t end) {
-  T g_copy[kBlock], h_copy[kBlock], p_copy[kBlock];
-  const bool p_native = t.p_type == kNative<T>, h_native = t.h_type == kNative<T>;
+void steps(const MarsSection& section, const MarsScalars& x, const Streams<T>& s, int64_t n) {
+  switch (section.rule) {
+    case MarsRule::adamw: return steps_of<T, MarsRule::adamw>(section, x, s, n);
+    case MarsRule::lion: return steps_of<T, MarsRule::lion>(section, x, s, n);
+    case MarsRule::sgd: return steps_of<T, MarsRule::sgd>(section, x, s, n);
+    case MarsRule::momentum: return steps_of<T, MarsRule::momentum>(section, x, s, n);
+    case MarsRule::given: return step_given(x, s, n);
+  }
+}
+
+// The parameter, or the master that it is rounded from.
+template <class T>
+T* open_parameter(const MarsTensor& t, const MarsSection& section, int64_t at, int64_t n, T* copy) {
+  if constexpr (sizeof(T) == 4) {
+    if (section.master == MarsMaster::fp32) return open<T>({t.master, DType::f32}, at, n, copy);
+    if (section.master == MarsMaster::split16) {
+      const uint16_t* high = static_cast<const uint16_t*>(t.p.data) + at;
+      const uint16_t* low = static_cast<const uint16_t*>(t.master) + at;
+      for (int64_t i = 0; i < n; ++i) copy[i] = bit_cast<float>(mars_join(high[i], low[i]));
+      pad(copy, n);
+      return copy;
+    }
+  }
+  return open<T>(t.p, at, n, copy);
+}
+
+template <class T>
+void close_parameter(const T* from, const MarsTensor& t, const MarsSection& section,
+                     const MarsRandom& random, int64_t at, int64_t n) {
+  if constexpr (sizeof(T) == 4) {
+    if (section.master == MarsMaster::fp32) close(from, {t.master, DType::f32}, at, n);
+    if (section.master == MarsMaster::split16) {
+      uint16_t* high = static_cast<uint16_t*>(t.p.data) + at;
+      uint16_t* low = static_cast<uint16_t*>(t.master) + at;
+      for (int64_t i = 0; i < n; ++i) {
+        const uint32_t bits = bit_cast<uint32_t>(from[i]);
+        high[i] = mars_split_high(bits), low[i] = mars_split_low(bits);
+      }
+      return;
+    }
+    if (section.stochastic)
+      return round_stochastic(from, at, n, random, t.number, MarsStream::parameter, t.p.data);
+  }
+  close(from, t.p, at, n);
+}
+
+template <class T>
+void close_square(const T* from, const MarsTensor& t, const MarsRandom& random, int64_t at,
+                  int64_t n) {
+  if constexpr (sizeof(T) == 4)
+    if (t.v.data && t.v.type == DType::bf16)
+      return round_stochastic(from, at, n, random, t.number, MarsStream::second_moment, t.v.data);
+  close<T, false>(from, t.v, at, n);
+}
+
+template <class T>
+void update(const MarsTensor& t, const MarsSection& section, const MarsScalars& x,
+            const MarsRandom& random, int64_t begin, int64_t end) {
+  alignas(64) T g[kBlock], h[kBlock], p[kBlock], m[kBlock], v[kBlock], vmax[kBlock];
   for (int64_t at = begin; at < end; at += kBlock) {
     const int64_t n = end - at < kBlock ? end - at : kBlock;
     Streams<T> s{};
-    s.g = read(t.g_type, t.g, at, n, g_copy);
-    s.p = const_cast<T*>(read<T>(t.p_type, t.p, at, n, p_copy));
-    s.m = static_cast<T*>(t.m) + at;
-    s.v = static_cast<T*>(t.v) + at;
-    if (t.vmax) s.vmax = static_cast<T*>(t.vmax) + at;
-    if (t.h) s.h = read<T>(t.h_type, t.h, at, n, h_copy);
-    if (t.h && t.write_h) s.h_out = const_cast<T*>(s.h);
-    const int64_t whole = n / kLanes<T> * kLanes<T>;
-    steps(t, s, whole);
-    if (whole < n)
-      step_tail<T>(t,
-                   {s.g + whole, s.h ? s.h + whole : nullptr, s.p + whole, s.m + whole, s.v + whole,
-                    s.vmax ? s.vmax + whole : nullptr, s.h_out ? s.h_out + whole : nullptr},
-                   n - whole);
-    if (!p_native) write<T>(t.p_type, s.p, t.p, at, n);
-    if (s.h_out && !h_native) write<T>(t.h_type, s.h_out, t.h, at, n);
+    s.g = open<T>({const_cast<void*>(t.g), t.g_type}, at, n, g);
+    s.m = open<T>(t.m, at, n, m);
+    s.v = open<T, false>(t.v, at, n, v);
+    s.vmax = open<T, false>(t.vmax, at, n, vmax);
+    T* const last = open<T>(t.h, at, n, h);
+    s.h = last, s.h_out = section.write_h ? last : nullptr;
+    s.p = open_parameter<T>(t, section, at, n, p);
+    steps(section, x, s, n);
+    close_parameter<T>(s.p, t, section, random, at, n);
+    close<T>(s.m, t.m, at, n);
+    close_square<T>(s.v, t, random, at, n);
+    close<T, false>(s.vmax, t.vmax, at, n);
+    if (s.h_out) close<T>(last, t.h, at, n);
   }
 }
 
-template <class T>
-double agreement(const MarsTensor& t, int64_t begin, int64_t end) {
-  T g_copy[kBlock], h_copy[kBlock], m_copy[kBlock];
+template <class T, Path path>
+double agreement(const MarsTensor& t, const MarsScalars& x, int64_t begin, int64_t end) {
+  alignas(64) T g[kBlock], h[kBlock], m[kBlock];
   Vec<T> count{};  // exact: at most 32768 / lanes
   for (int64_t at = begin; at < end; at += kBlock) {
-    const int64_t n = end - at < kBlock ? end - at : kBlock, padded = round_up<T>(n);
-    // the padding has g = 0, which agrees with nothing
-    const T* g = read(t.g_type, t.g, at, n, g_copy);
-    const T* h = read<T>(t.h_type, t.h, at, n, h_copy);
-    const T* m = static_cast<const T*>(t.m) + at;
-    if (n < padded) {
-      const auto pad = [&](const T*& from, T* copy) {
-        if (from != copy) __builtin_memcpy(copy, from, n * sizeof(T));
-        __builtin_memset(copy + n, 0, (padded - n) * sizeof(T));
-        from = copy;
-      };
-      pad(g, g_copy), pad(h, h_copy), pad(m, m_copy);
-    }
-    const Streams<T> s{g, h, nullptr, const_cast<T*>(m), nullptr, nullptr, nullptr};
-    for (int64_t i = 0; i < padded; i += kLanes<T>) {
-      Vec<T> x, c;
-      const Vec<T> y = momentum<T, true>(t, s, i, x, c);
-      count += y * x > T(0) ? splat(T(1)) : Vec<T>{};
+    const int64_t n = end - at < kBlock ? end - at : kBlock;
+    Streams<T> s{};
+    s.g = open<T>({const_cast<void*>(t.g), t.g_type}, at, n, g);  // padded with 0: no agreement
+    s.m = open<T>(t.m, at, n, m);
+    s.h = open<T>(t.h, at, n, h);
+    for (int64_t i = 0; i < n; i += kLanes<T>) {
+      const Momentum<T> y = momentum<T, path>(x, s, i);
+      count += y.d * y.g > T(0) ? splat(T(1)) : Vec<T>{};
     }
   }
   return double(sum<T>(count));
 }
+
+template <class T>
+double agreement(const MarsTensor& t, const MarsSection& section, const MarsScalars& x,
+                 int64_t begin, int64_t end) {
+  return section.corrected ? agreement<T, Path::corrected>(t, x, begin, end)
+                           : agreement<T, Path::stateless>(t, x, begin, end);
+}
 }  // namespace
 
-void mars_norm(const MarsTensor& t, int64_t begin, int64_t end, double* sum) {
-  *sum = t.p_type == DType::f64 ? norm<double>(t, begin, end) : norm<float>(t, begin, end);
+void mars_norm(const MarsTensor& t, const MarsScalars& x, int64_t begin, int64_t end, double* sum) {
+  *sum = t.p.type == DType::f64 ? norm<double>(t, x, begin, end) : norm<float>(t, x, begin, end);
 }
 
-void mars_agreement(const MarsTensor& t, int64_t begin, int64_t end, double* count) {
-  *count =
-      t.p_type == DType::f64 ? agreement<double>(t, begin, end) : agreement<float>(t, begin, end);
+void mars_agreement(const MarsTensor& t, const MarsSection& section, const MarsScalars& x,
+                    int64_t begin, int64_t end, double* count) {
+  *count = t.p.type == DType::f64 ? agreement<double>(t, section, x, begin, end)
+                                  : agreement<float>(t, section, x, begin, end);
 }
 
-void mars_update(const MarsTensor& t, int64_t begin, int64_t end) {
-  t.p_type == DType::f64 ? update<double>(t, begin, end) : update<float>(t, begin, end);
+void mars_update(const MarsTensor& t, const MarsSection& section, const MarsScalars& x,
+                 const MarsRandom& random, int64_t begin, int64_t end) {
+  t.p.type == DType::f64 ? update<double>(t, section, x, random, begin, end)
+                         : update<float>(t, section, x, random, begin, end);
 }
 }  // namespace df::cpu::DF_ISA

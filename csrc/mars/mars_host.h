@@ -33,7 +33,7 @@ struct MarsCall {
   std::vector<bool> amsgrad;    // of each section
   std::vector<int64_t> counts;  // tensors of each section
   std::vector<MarsTensor> tensors;
-  std::vector<Tensor> steps;  // of each tensor; `given` sections count no steps
+  std::vector<OptTensor> steps;  // of each tensor
 };
 
 inline MarsCall mars_sections(const std::vector<int64_t>& ints,
@@ -69,6 +69,11 @@ inline bool is_dense(const Tensor& t) {  // some order of the dimensions is cont
   return true;
 }
 
+// `given` sections come after the step was counted; they look at it for random bits only.
+inline bool counts_steps(const MarsSection& x) {
+  return x.rule != MarsRule::given;
+}
+
 // Draws a section's tensors from the lists, in order, and checks that they go with their parameter.
 class MarsReader {
  public:
@@ -76,23 +81,27 @@ class MarsReader {
 
   MarsTensor next(const MarsSection& x, bool amsgrad, int32_t section) {
     p_ = &take("params", lists_.params, params_);
+    step_.reset();
     STD_TORCH_CHECK(is_dense(*p_), "mars: ", name("params"), " must be dense");
     MarsTensor t{};
     t.n = p_->numel(), t.section = section, t.number = uint32_t(params_ - 1);
     t.p = {p_->data_ptr(), dtype(*p_)};
     const Tensor& g = like_p("grads", lists_.grads, grads_);
     t.g = g.const_data_ptr(), t.g_type = dtype(g);
+    if (counts_steps(x) || x.stochastic) {
+      step_ = take("state_steps", lists_.state_steps, steps_);
+      STD_TORCH_CHECK(step_->numel() == 1 && step_->scalar_type() == ScalarType::Float,
+                      "mars: ", name("state_steps"), " must be one float32");
+    }
     if (x.rule == MarsRule::given) return master(x, t);
     t.m = state("exp_avgs", lists_.exp_avgs, moments_);
     if (x.rule == MarsRule::adamw) t.v = state("exp_avg_sqs", lists_.exp_avg_sqs, squares_);
     if (amsgrad) t.vmax = state("max_exp_avg_sqs", lists_.max_exp_avg_sqs, maxima_);
     if (x.corrected) t.h = array(like_p("last_grads", lists_.last_grads, last_));
-    step_ = take("state_steps", lists_.state_steps, steps_);
-    STD_TORCH_CHECK(step_->numel() == 1 && step_->scalar_type() == ScalarType::Float,
-                    "mars: ", name("state_steps"), " must be one float32");
     return master(x, t);
   }
-  const Tensor& step() const { return *step_; }
+  // Of the tensor that next() returned; none where nothing depends on it.
+  const OptTensor& step() const { return step_; }
   bool done() const {
     return params_ == lists_.params.size() && grads_ == lists_.grads.size() &&
            moments_ == lists_.exp_avgs.size() && squares_ == lists_.exp_avg_sqs.size() &&
@@ -153,7 +162,7 @@ class MarsReader {
 
   const MarsLists& lists_;
   const Tensor* p_ = nullptr;
-  std::optional<Tensor> step_;
+  OptTensor step_;
   size_t params_ = 0, grads_ = 0, moments_ = 0, squares_ = 0, maxima_ = 0, last_ = 0, masters_ = 0,
          absmaxes_ = 0, steps_ = 0;
 };
@@ -165,7 +174,7 @@ inline MarsCall mars_call(const MarsLists& lists, const std::vector<int64_t>& in
   for (size_t s = 0; s < call.sections.size(); ++s)
     for (int64_t i = 0; i < call.counts[s]; ++i) {
       call.tensors.push_back(reader.next(call.sections[s], call.amsgrad[s], int32_t(s)));
-      if (call.sections[s].rule != MarsRule::given) call.steps.push_back(reader.step());
+      call.steps.push_back(reader.step());
     }
   STD_TORCH_CHECK(reader.done(), "mars: the lists have more tensors than the sections");
   return call;

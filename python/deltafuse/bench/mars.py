@@ -73,7 +73,7 @@ ENTRIES = {
     "mars": Benchmark(
         title="MARS-AdamW step on the parameters of GPT-2 small",
         reference="eager oracle (mars_reference_)",
-        kernel="mars_adamw_",
+        kernel="mars_",
         shapes=({"layers": 12, "width": 768, "vocabulary": 50257, "context": 1024},),
         tiny={"layers": 1, "width": 24, "vocabulary": 33, "context": 17},
         make=mars_case,

@@ -1,36 +1,18 @@
-"""MARS-AdamW as a function on lists of tensors: the compiled operator, or the reference."""
+"""MARS-AdamW as a function on lists of tensors: the compiled operator, or the PyTorch loop."""
 
 import torch
 
 from deltafuse import _library
 from deltafuse._checks import fail
 
-from .reference import mars_norm_reference_, mars_reference_
+from .sections import CAUTIONS, Section, run, squares
 
 __all__ = ["mars_", "mars_norm_", "mars_reference_"]
 
-_SCHEDULED = ("lr", "lr_1d", "weight_decay", "weight_decay_1d", "gamma")  # in this order
-_CAUTION = {"off": 0, "elementwise": 1, "mean": 2}
-
-_library.register("mars_adamw_", lambda *args: None)
+_library.register("mars_", lambda *args: None)
 _library.register(
-    "mars_norm", lambda grads, *args: grads[0].new_empty(len(grads), dtype=torch.float64)
+    "mars_squares", lambda grads, *args: grads[0].new_empty(len(grads), dtype=torch.float64)
 )
-
-
-def _scheduled(rates):
-    """The operator's rates and its `schedule`: a tensor, or None if all rates are numbers."""
-    device = next((v.device for v in rates.values() if isinstance(v, torch.Tensor)), None)
-    if device is None:
-        return {**rates, "schedule": None}
-    # torch.full, unlike torch.tensor, is traced by torch.compile
-    tensors = [
-        v.double().reshape(())
-        if isinstance(v, torch.Tensor)
-        else torch.full((), v, dtype=torch.float64, device=device)
-        for v in rates.values()
-    ]
-    return {**dict.fromkeys(rates, 0.0), "schedule": torch.stack(tensors)}
 
 
 def _check(op, params, matrix, **lists):
@@ -43,6 +25,12 @@ def _check(op, params, matrix, **lists):
         for i, (t, p) in enumerate(zip(tensors, expected, strict=True)):
             if t.shape != p.shape:
                 fail(op, f"{name}[{i}] must have shape {tuple(p.shape)}, got {tuple(t.shape)}")
+            if name.startswith(("exp_avg", "max")) and t.dtype != _state_dtype(p):
+                fail(op, f"{name}[{i}] must be {_state_dtype(p)}, got {t.dtype}", TypeError)
+
+
+def _state_dtype(p):
+    return torch.float64 if p.dtype == torch.float64 else torch.float32
 
 
 def mars_norm_(
@@ -62,15 +50,48 @@ def mars_norm_(
     if len(grads) == 0 or len(last_grads) != len(grads):
         fail("mars_norm_", f"got {len(grads)} grads and {len(last_grads)} last_grads")
     _check("mars_norm_", grads, len(grads), last_grads=last_grads)
-    op = _library.kernel("mars_norm", grads[0])
-    if op is None:
-        options = dict(maximize=maximize, negate_last_grad=negate_last_grad, grad_scale=grad_scale)
-        return mars_norm_reference_(grads, last_grads, gamma=gamma, beta1=beta1, **options)
-    schedule = None
-    if isinstance(gamma, torch.Tensor):
-        scheduled = _scheduled(dict.fromkeys(_SCHEDULED, 0.0) | {"gamma": gamma})
-        gamma, schedule = scheduled["gamma"], scheduled["schedule"]
-    return op(grads, last_grads, beta1, gamma, maximize, negate_last_grad, schedule, grad_scale)
+    section = Section(
+        params=grads,
+        grads=grads,
+        last_grads=last_grads,
+        gamma=gamma,
+        beta1=beta1,
+        clip=1.0,
+        corrected=True,
+        maximize=maximize,
+        update_last_grad=not negate_last_grad,
+    )
+    return squares([section], grad_scale).sqrt()
+
+
+def _step(loop, tensors, rates, rates_1d, options):
+    """The two sections of a list whose first tensors have a last gradient."""
+    params, grads, exp_avgs, exp_avg_sqs, last_grads, max_exp_avg_sqs, state_steps = tensors
+    lists = dict(
+        params=params,
+        grads=grads,
+        exp_avgs=exp_avgs,
+        exp_avg_sqs=exp_avg_sqs,
+        max_exp_avg_sqs=max_exp_avg_sqs,
+        state_steps=state_steps,
+    )
+    k = len(last_grads)
+    common = {name: options[name] for name in ("eps", "maximize")}
+    matrices = Section(
+        **{name: tensors[:k] for name, tensors in lists.items()},
+        last_grads=last_grads,
+        corrected=True,
+        **{name: options[name] for name in ("clip", "caution", "update_last_grad")},
+        **common,
+        **rates,
+    )
+    vectors = Section(
+        **{name: tensors[k:] for name, tensors in lists.items()}, **common, **rates_1d
+    )
+    norm = options["norm"]
+    norms = None if norm is None else norm.expand(len(params))
+    scaler = {name: options[name] for name in ("grad_scale", "found_inf")}
+    run([matrices, vectors], norms=norms, loop=loop, **scaler)
 
 
 def mars_(
@@ -99,6 +120,7 @@ def mars_(
     norm=None,
     grad_scale=None,
     found_inf=None,
+    loop=False,
 ):
     """One MARS-AdamW step on lists of tensors, in place (arXiv 2411.10438, algorithm 2).
 
@@ -115,9 +137,10 @@ def mars_(
         caution: "off", "elementwise" or "mean".
         update_last_grad: write g to last_grads (False: exact variant, they are only read).
         grad_scale, found_inf: 0-dim tensors of a GradScaler, or None.
+        loop: PyTorch operations instead of the compiled kernel.
 
     Raises:
-        ValueError: lists whose lengths or shapes do not fit.
+        ValueError: lists whose lengths or shapes do not fit. TypeError: a state's dtype.
     """
     lists = dict(grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, last_grads=last_grads)
     if len(max_exp_avg_sqs):
@@ -125,16 +148,14 @@ def mars_(
     _check("mars_", params, len(last_grads), **lists)
     if len(state_steps) != len(params):
         fail("mars_", f"state_steps must have {len(params)} tensors, got {len(state_steps)}")
-    if caution not in _CAUTION:
-        fail("mars_", f"caution must be one of {sorted(_CAUTION)}, got {caution!r}")
-    rates = dict(zip(_SCHEDULED, (lr, lr_1d, weight_decay, weight_decay_1d, gamma), strict=True))
+    if caution not in CAUTIONS:
+        fail("mars_", f"caution must be one of {sorted(CAUTIONS)}, got {caution!r}")
+    tensors = (params, grads, exp_avgs, exp_avg_sqs, last_grads, max_exp_avg_sqs, state_steps)
+    rates = dict(lr=lr, weight_decay=weight_decay, gamma=gamma, beta1=beta1, beta2=beta2)
+    rates_1d = dict(lr=lr_1d, weight_decay=weight_decay_1d, beta1=beta1_1d, beta2=beta2_1d)
     options = dict(
-        beta1=beta1,
-        beta2=beta2,
         eps=eps,
         clip=clip,
-        beta1_1d=beta1_1d,
-        beta2_1d=beta2_1d,
         caution=caution,
         maximize=maximize,
         update_last_grad=update_last_grad,
@@ -142,10 +163,9 @@ def mars_(
         grad_scale=grad_scale,
         found_inf=found_inf,
     )
-    tensors = (params, grads, exp_avgs, exp_avg_sqs, last_grads, max_exp_avg_sqs, state_steps)
-    op = _library.kernel("mars_adamw_", params[0]) if len(params) else None
-    if op is None:
-        mars_reference_(*tensors, **rates, **options)
-    else:
-        options["caution"] = _CAUTION[caution]
-        op(*tensors, **_scheduled(rates), **options)
+    _step(loop, tensors, rates, rates_1d, options)
+
+
+def mars_reference_(*tensors, **options):
+    """`mars_` in plain PyTorch operations, also for float64; the oracle of the kernels."""
+    mars_(*tensors, **options, loop=True)

@@ -1,8 +1,12 @@
-"""Parameter groups and their hyper-parameters: splitting, checking, and what is still missing."""
+"""Parameter groups and their hyper-parameters: splitting and checking."""
 
 import math
+import warnings
 
 import torch
+
+from .matrix import ADJUSTMENTS
+from .sharded import check_placements, is_sharded
 
 _TYPES = {
     name: "mars-" + name.removeprefix("mars-")
@@ -13,21 +17,15 @@ _CHOICES = {
     "clip_scope": ("tensor", "group", "global"),
     "caution": (False, "elementwise", "mean"),
     "first_step": ("zero", "grad"),
-    "matrix_ndim": ("eq2", "ge2"),
+    "matrix_ndim": ("eq2", "ge2", "none"),
     "last_grad_mode": ("copy", "steal"),
     "nonfinite": ("propagate", "skip_tensor", "skip_step", "error"),
     "master": (None, "fp32", "split16"),
     "rounding": ("nearest", "stochastic"),
     "state_bits": (32, 8),
-}
-# options of the family that only have one implemented value so far
-_IMPLEMENTED = {
-    "mars_type": "mars-adamw",
-    "master": None,
-    "rounding": "nearest",
-    "state_dtype": None,
-    "state_bits": 32,
-    "seed": None,
+    "adjust_lr_fn": (None, *ADJUSTMENTS),
+    "ns_dtype": (torch.bfloat16, torch.float32, torch.float64),
+    "state_dtype": (None, torch.float32, torch.bfloat16),
 }
 
 
@@ -58,8 +56,9 @@ def split_decay_groups(model, weight_decay):
 
 
 def takes_mars_path(group, p):
-    """Matrices, or every tensor with optimize_1d; "ge2" counts convolution weights as matrices."""
-    return group["optimize_1d"] or (p.ndim >= 2 if group["matrix_ndim"] == "ge2" else p.ndim == 2)
+    """Matrices ("ge2" counts convolution weights, "none" nothing), or all with optimize_1d."""
+    counts = {"eq2": p.ndim == 2, "ge2": p.ndim >= 2, "none": False}
+    return group["optimize_1d"] or counts[group["matrix_ndim"]]
 
 
 def check_flags(foreach, fused, differentiable):
@@ -83,7 +82,7 @@ def _check_number(group, name, low, strict=False):
 
 
 def check_group(group):
-    """ValueError for a bad hyper-parameter, NotImplementedError for a missing feature."""
+    """ValueError for a bad hyper-parameter; the type's full name in its place."""
     for name in ("lr", "eps", "weight_decay", "gamma", "lr_1d"):
         _check_number(group, name, 0.0)
     for name in ("clip", "weight_decay_1d"):
@@ -101,16 +100,14 @@ def check_group(group):
         # `0 == False` and `1 == True`: compare the types, too
         if not any(group[name] == v and type(group[name]) is type(v) for v in values):
             raise ValueError(f"MARS: {name} must be one of {values}, got {group[name]!r}")
-    for name in ("state_dtype", "last_grad_dtype"):
-        if group[name] is not None and group[name] not in (
-            torch.float32,
-            torch.bfloat16,
-            torch.float16,
-        ):
-            raise ValueError(f"MARS: {name} must be a floating dtype, got {group[name]}")
-    for name, value in _IMPLEMENTED.items():
-        if group[name] != value:
-            raise NotImplementedError(f"MARS: {name}={group[name]!r} is not implemented yet")
+    dtype = group["last_grad_dtype"]
+    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"MARS: last_grad_dtype must be a floating dtype, got {dtype}")
+    steps = group["ns_steps"]
+    if steps is not None and not (isinstance(steps, int) and steps >= 1):
+        raise ValueError(f"MARS: ns_steps must be a positive integer or None, got {steps!r}")
+    if group["master"] is not None and group["rounding"] == "stochastic":
+        raise ValueError("MARS: rounding='stochastic' and a master exclude each other")
 
 
 def check_params(group):
@@ -123,13 +120,47 @@ def check_params(group):
             raise ValueError(f"MARS: {name} must be floating point or complex, got {p.dtype}")
         if p.dtype == torch.complex32:
             raise NotImplementedError(f"MARS: {name} is complex32")
-        if hasattr(p, "placements"):
-            raise NotImplementedError(f"MARS: {name} is a DTensor; sharding is not implemented yet")
+        if is_sharded(p):
+            check_placements(name, p)
+        if group["mars_type"] in ("mars-shampoo", "mars-m") and takes_mars_path(group, p):
+            _check_matrix(group, p, name)
+        if group["master"] == "split16" and p.dtype == torch.float16:
+            raise ValueError(f"MARS: {name} is float16; master='split16' takes bfloat16")
         if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
             raise ValueError(
                 f"MARS: {name} has elements that share memory (expanded), shape {tuple(p.shape)},"
                 f" strides {p.stride()}"
             )
+
+
+def _check_matrix(group, p, name):
+    if p.is_complex():
+        raise ValueError(f"MARS: {name} is complex; {group['mars_type']} takes real matrices")
+    if p.ndim > 2 and not group["flatten"] and not group["optimize_1d"]:
+        raise ValueError(
+            f"MARS: {name} has shape {tuple(p.shape)}; {group['mars_type']} takes matrices, and"
+            " with flatten=True such tensors as [dim 0, the rest]"
+        )
+
+
+def check_step(group, i, p):
+    """RuntimeError for a gradient that no update can be done with; names the parameter."""
+    if p.grad.layout != torch.strided:
+        raise RuntimeError(f"MARS does not support sparse gradients: {parameter_name(group, i)}")
+
+
+def warn_decay(group):
+    """Warns, and returns True, if vectors decay although weight_decay is 0."""
+    plain = group["weight_decay"]
+    silent = isinstance(plain, torch.Tensor) or plain != 0 or not group["weight_decay_1d"]
+    if silent or all(takes_mars_path(group, p) for p in group["params"]):
+        return False
+    warnings.warn(
+        f"MARS: weight_decay is 0, but vectors decay with weight_decay_1d ="
+        f" {group['weight_decay_1d']}; weight_decay_1d=None follows weight_decay",
+        stacklevel=5,
+    )
+    return True
 
 
 def parameter_name(group, i):

@@ -1,114 +1,176 @@
-"""MARS-AdamW in plain PyTorch, one tensor after another: the oracle of the compiled kernels.
+"""The MARS family in plain PyTorch, one tensor after another: the oracle of the compiled kernels.
 
 Works in float64 for float64 parameters, else in float32, on every device, and is differentiable.
 """
 
 import torch
 
+from . import low_bits
+
 MIN_AGREEMENT = 1e-3
 MAX_STEP = 2.0**24  # float32 counts no further
-
-
-def variance_reduced(grad, last_grad, gamma, beta1):
-    """c = g + s (g - h), s = gamma beta1 / (1 - beta1) (arXiv 2411.10438, eq. 2.5 and 2.6)."""
-    s = _double(gamma) * beta1 / (1 - beta1)
-    return (1 + s) * grad - s * last_grad
 
 
 def _double(x):  # a 0-dim float64 tensor takes the other operand's dtype
     return x.double() if isinstance(x, torch.Tensor) else x
 
 
-def _unscaled(grad, dtype, maximize, grad_scale):
-    g = grad.to(dtype)
-    if grad_scale is not None:
-        g = g * (1.0 / grad_scale.double()).to(dtype)
-    return -g if maximize else g
-
-
-def _norm(c):  # the squares of large float32 numbers overflow
-    return c.double().square().sum().sqrt()
-
-
-def _cautious(u, m, g, caution):
-    mask = (m * g > 0).to(u.dtype)
-    agreeing = torch.clamp(mask.mean(), min=MIN_AGREEMENT) if caution == "mean" else 1
-    return u * mask / agreeing
+def _compute_dtype(t):
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
 def _bias_correction(beta, step):
     return -torch.expm1(step.double() * torch.log(torch.tensor(beta, dtype=torch.float64)))
 
 
-def mars_norm_reference_(
-    grads, last_grads, *, gamma, beta1, maximize=False, negate_last_grad=False, grad_scale=None
-):
-    """||c||_2 of each tensor, float64 [n]."""
-    norms = []
-    for g, h in zip(grads, last_grads, strict=True):
-        dtype = torch.float64 if g.dtype == torch.float64 else torch.float32
-        h = -h.to(dtype) if negate_last_grad else h.to(dtype)
-        g = _unscaled(g, dtype, maximize, grad_scale)
-        norms.append(_norm(variance_reduced(g, h, gamma, beta1)))
-    return torch.stack(norms)
+def _read(section, name, i, dtype):
+    """Array i of a list, as dtype; 8-bit ones with their factors."""
+    array = getattr(section, name)[i]
+    if array.dtype == torch.uint8:
+        factors = section.absmaxes[i][name]
+        array = low_bits.dequantize(array, factors, name in low_bits.SIGNED)
+    return array.to(dtype)
 
 
-def mars_reference_(
-    params,
-    grads,
-    exp_avgs,
-    exp_avg_sqs,
-    last_grads,
-    max_exp_avg_sqs,
-    state_steps,
-    *,
-    lr,
-    beta1,
-    beta2,
-    eps,
-    weight_decay,
-    gamma,
-    clip,
-    lr_1d,
-    beta1_1d,
-    beta2_1d,
-    weight_decay_1d,
-    caution="off",
-    maximize=False,
-    update_last_grad=True,
-    norm=None,
-    grad_scale=None,
-    found_inf=None,
-):
-    """One step in place; arguments as in `deltafuse.optim.functional.mars_`."""
+def _write(section, name, i, x):
+    array = getattr(section, name)[i]
+    if array.dtype == torch.uint8:
+        low_bits.quantize(x, array, section.absmaxes[i][name], name in low_bits.SIGNED)
+    else:
+        array.copy_(x)
+
+
+def _gradient(section, i, dtype, grad_scale):
+    g = section.grads[i].to(dtype)
+    if grad_scale is not None:
+        g = g * (1.0 / grad_scale.double()).to(dtype)
+    return -g if section.maximize else g
+
+
+def _corrected(section, g, h):
+    """c = g + s (g - h), s = gamma beta1 / (1 - beta1) (arXiv 2411.10438, eq. 2.5 and 2.6)."""
+    s = _double(section.gamma) * section.beta1 / (1 - section.beta1)
+    h = -h if section.maximize and not section.update_last_grad else h
+    return (1 + s) * g - s * h
+
+
+def _square(c):  # the squares of large float32 numbers overflow
+    return c.double().square().sum()
+
+
+def squares(sections, grad_scale=None):
+    """||c||^2 of the tensors of corrected sections, float64 [n]."""
+    found = []
+    for section in sections:
+        for i, grad in enumerate(section.grads):
+            dtype = _compute_dtype(grad)
+            g = _gradient(section, i, dtype, grad_scale)
+            found.append(_square(_corrected(section, g, _read(section, "last_grads", i, dtype))))
+    return torch.stack(found)
+
+
+def _second_moment(section, i, c, key):
+    """v, or with amsgrad the largest so far; updates both."""
+    v = section.exp_avg_sqs[i]
+    largest = new = (
+        section.beta2 * _read(section, "exp_avg_sqs", i, c.dtype) + (1 - section.beta2) * c * c
+    )
+    if section.amsgrad:
+        largest = torch.maximum(_read(section, "max_exp_avg_sqs", i, c.dtype), new)
+        _write(section, "max_exp_avg_sqs", i, largest)
+    if v.dtype == torch.bfloat16:
+        low_bits.store_stochastic(new, v, *key, low_bits.SECOND_MOMENT)
+    else:
+        _write(section, "exp_avg_sqs", i, new)
+    return largest
+
+
+def _adam(section, i, c, d, key):
+    bias1, bias2 = (
+        _bias_correction(b, section.state_steps[i]).to(c.dtype)
+        for b in (section.beta1, section.beta2)
+    )
+    v = _second_moment(section, i, c, key)
+    return (d / bias1) / ((v / bias2).sqrt() + section.eps)
+
+
+def _cautious(section, u, d, g):
+    mask = d * g > 0
+    if section.caution == "mean":
+        u = u / torch.clamp(mask.to(u.dtype).mean(), min=MIN_AGREEMENT)
+    return torch.where(mask, u, 0)
+
+
+def _direction(section, i, g, norm, key):
+    """u of tensor i; updates its state."""
+    c = g
+    if section.corrected:
+        c = _corrected(section, g, _read(section, "last_grads", i, g.dtype))
+        c = _clipped(section, c, norm)
+    elif section.stateless:
+        c = (1 - section.gamma) * g
+    m = section.beta1 * _read(section, "exp_avgs", i, g.dtype) + (1 - section.beta1) * c
+    _write(section, "exp_avgs", i, m)
+    u = d = m + section.gamma * g if section.stateless else m
+    if section.rule == "adamw":
+        u = _adam(section, i, c, d, key)
+    elif section.rule == "lion":
+        u = torch.where(d.isnan(), d, d.sign())
+    if section.corrected and section.update_last_grad:
+        _write(section, "last_grads", i, g)
+    return u if section.caution == "off" else _cautious(section, u, d, g)
+
+
+def _clipped(section, c, norm):
+    if section.clip is None:
+        return c
+    size = _square(c).sqrt() if norm is None else norm
+    return c / torch.clamp(size / section.clip, min=1).to(c.dtype)
+
+
+def _read_parameter(section, i, dtype):
+    p = section.params[i]
+    if section.master == "split16":
+        return low_bits.join(p, section.masters[i])
+    return (p if section.master is None else section.masters[i]).to(dtype)
+
+
+def _write_parameter(section, i, x, key):
+    p = section.params[i]
+    if section.master == "split16":
+        high, low = low_bits.split(x)
+        p.copy_(high)
+        section.masters[i].copy_(low)
+    elif section.stochastic:
+        low_bits.store_stochastic(x, p, *key, low_bits.PARAMETER)
+    else:
+        if section.master == "fp32":
+            section.masters[i].copy_(x)
+        p.copy_(x)
+
+
+def _step(section, i, norm, grad_scale, seed, number):
+    dtype = _compute_dtype(section.params[i])
+    u = g = _gradient(section, i, dtype, grad_scale)
+    step = section.state_steps[i] if section.state_steps else 0
+    if section.rule != "given":
+        step.copy_(torch.clamp(step + 1, max=MAX_STEP))
+        u = _direction(section, i, g, norm, (seed, step, number))
+    if section.rule == "momentum":
+        section.params[i].copy_(u)
+        return
+    old = _read_parameter(section, i, dtype)
+    new = old - _double(section.lr) * (_double(section.weight_decay) * old + section.factor * u)
+    _write_parameter(section, i, new, (seed, step, number))
+
+
+def run(sections, norms=None, grad_scale=None, found_inf=None, seed=0):
+    """One step of all sections in place; as the operator `mars_`."""
     if found_inf is not None and found_inf.item() != 0:
         return
-    for i, p in enumerate(params):
-        matrix = i < len(last_grads)
-        dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-        g = c = _unscaled(grads[i], dtype, maximize, grad_scale)
-        b1, b2 = (beta1, beta2) if matrix else (beta1_1d, beta2_1d)
-        rate, decay = (lr, weight_decay) if matrix else (lr_1d, weight_decay_1d)
-        if matrix:
-            h = last_grads[i].to(dtype)
-            h = -h if maximize and not update_last_grad else h
-            c = variance_reduced(g, h, gamma, beta1)
-            if clip is not None:
-                size = _norm(c) if norm is None else norm
-                c = c / torch.clamp(size / clip, min=1).to(dtype)
-        state_steps[i].copy_(torch.clamp(state_steps[i] + 1, max=MAX_STEP))
-        m = b1 * exp_avgs[i] + (1 - b1) * c
-        v = w = b2 * exp_avg_sqs[i] + (1 - b2) * c * c
-        if max_exp_avg_sqs:
-            w = torch.maximum(max_exp_avg_sqs[i], v)
-            max_exp_avg_sqs[i].copy_(w)
-        bias1, bias2 = (_bias_correction(b, state_steps[i]).to(dtype) for b in (b1, b2))
-        u = (m / bias1) / ((w / bias2).sqrt() + eps)
-        if matrix and caution != "off":
-            u = _cautious(u, m, g, caution)
-        old = p.to(dtype)
-        p.copy_(old - _double(rate) * (_double(decay) * old + u))
-        exp_avgs[i].copy_(m)
-        exp_avg_sqs[i].copy_(v)
-        if matrix and update_last_grad:
-            last_grads[i].copy_(g)
+    number = 0
+    for section in sections:
+        for i in range(len(section.params)):
+            norm = None if norms is None else norms[number]
+            _step(section, i, norm, grad_scale, seed, number)
+            number += 1

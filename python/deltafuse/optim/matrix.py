@@ -1,0 +1,64 @@
+"""Matrix functions of MARS-Shampoo and MARS-M: the nearest semi-orthogonal matrix."""
+
+import math
+
+import torch
+
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+ADJUSTMENTS = ("original", "match_rms_adamw", "none")
+
+
+def newton_schulz(matrix, steps=5, dtype=torch.bfloat16):
+    """An approximation of U V^T of the singular value decomposition, without the decomposition.
+
+    X = M / (||M||_F + 1e-7), then `steps` times A = X X^T; X <- 3.4445 X + (-4.7750 A +
+    2.0315 A^2) X (Jordan et al., Muon, 2024). Singular values above a hundredth of the norm land in
+    [0.68, 1.14]; zero stays zero.
+
+    Args:
+        matrix: [..., rows, cols], any floating dtype; dtype: of the products and the
+            result; float64 stays.
+    """
+    a, b, c = _COEFFICIENTS
+    x = matrix if matrix.dtype == torch.float64 else matrix.to(dtype)
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x.mT if tall else x
+
+
+def polar(matrix):
+    """U V^T by the singular value decomposition, in float32 or float64."""
+    x = matrix if matrix.dtype == torch.float64 else matrix.float()
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    return u @ vh
+
+
+def adjustment(name, rows, cols):
+    """What lr is multiplied by; names as in torch.optim.Muon's adjust_lr_fn."""
+    if name == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, cols))
+    return math.sqrt(max(1.0, rows / cols)) if name == "original" else 1.0
+
+
+def flat(tensor):
+    """[dim 0, the rest]: convolution weights as matrices."""
+    return tensor.flatten(1) if tensor.ndim > 2 else tensor
+
+
+def orthogonalized(directions, steps, dtype):
+    """newton_schulz of each matrix (polar if steps is None), equal shapes in one batch."""
+    shapes = {}
+    for i, d in enumerate(directions):
+        shapes.setdefault((flat(d).shape, d.dtype, d.device), []).append(i)
+    results = [None] * len(directions)
+    for indices in shapes.values():
+        batch = torch.stack([flat(directions[i]) for i in indices])
+        if batch.numel():
+            batch = polar(batch) if steps is None else newton_schulz(batch, steps, dtype)
+        for i, x in zip(indices, batch.unbind(), strict=True):
+            results[i] = x.reshape(directions[i].shape)
+    return results

@@ -1,0 +1,141 @@
+"""Sections: tensors of one step that share a rule and its constants; how they reach a kernel."""
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+
+from .. import _library
+from . import reference
+
+RULES = ("adamw", "lion", "sgd", "momentum", "given")  # in the order of csrc/mars/mars.h
+CAUTIONS = ("off", "elementwise", "mean")
+MASTERS = (None, "fp32", "split16")
+FLAGS = ("corrected", "stateless", "update_last_grad", "maximize", "stochastic", "amsgrad")
+# the operator's lists; a section has entries in those that its rule and flags need
+LISTS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "last_grads", "masters")
+_RATES = ("lr", "weight_decay", "gamma")  # float or 0-dim tensor
+_NUMBERS = ("beta1", "beta2", "eps", "clip", "factor")
+
+
+@dataclasses.dataclass
+class Section:
+    """n parameters with what their rule needs; see csrc/mars/mars.h for the update.
+
+    Attributes:
+        rule: "adamw", "lion", "sgd"; "momentum" writes the direction to params instead; "given"
+            takes grads as the update.
+        corrected: c = g + s (g - last_grads), clipped; else c = g.
+        stateless: the last gradient is folded into exp_avgs, which are m - gamma g then.
+        update_last_grad: write g to last_grads.
+        factor: multiplies lr, but not in the weight decay.
+        masters: float32 values, or int16 low halves, that params are rounded from.
+        absmaxes: a dict for each tensor, {name of a list: float32 factors of its uint8 array}.
+    """
+
+    params: list
+    grads: list
+    exp_avgs: list = dataclasses.field(default_factory=list)
+    exp_avg_sqs: list = dataclasses.field(default_factory=list)
+    max_exp_avg_sqs: list = dataclasses.field(default_factory=list)
+    last_grads: list = dataclasses.field(default_factory=list)
+    masters: list = dataclasses.field(default_factory=list)
+    absmaxes: list = dataclasses.field(default_factory=list)
+    state_steps: list = dataclasses.field(default_factory=list)
+    rule: str = "adamw"
+    lr: Any = 0.0
+    weight_decay: Any = 0.0
+    gamma: Any = 0.0
+    beta1: float = 0.0
+    beta2: float = 0.0
+    eps: float = 0.0
+    clip: float | None = None
+    factor: float = 1.0
+    caution: str = "off"
+    master: str | None = None
+    corrected: bool = False
+    stateless: bool = False
+    update_last_grad: bool = True
+    maximize: bool = False
+    stochastic: bool = False
+
+    @property
+    def amsgrad(self):
+        return len(self.max_exp_avg_sqs) > 0
+
+    def integers(self):
+        flags = sum(getattr(self, name) << i for i, name in enumerate(FLAGS))
+        rule, caution = RULES.index(self.rule), CAUTIONS.index(self.caution)
+        return [len(self.params), rule, caution, MASTERS.index(self.master), flags]
+
+    def numbers(self):
+        rates = [0.0 if isinstance(x, torch.Tensor) else float(x) for x in self.rates()]
+        clip = math.inf if self.clip is None else self.clip
+        return [*rates, self.beta1, self.beta2, self.eps, clip, self.factor]
+
+    def rates(self):
+        return [getattr(self, name) for name in _RATES]
+
+
+def schedule_of(sections):
+    """[sections, 3] float64 of lr, weight_decay, gamma if any is a tensor, else None."""
+    rates = [x for section in sections for x in section.rates()]
+    device = next((x.device for x in rates if isinstance(x, torch.Tensor)), None)
+    if device is None:
+        return None
+    # torch.full, unlike torch.tensor, is traced by torch.compile
+    tensors = [
+        x.double().reshape(())
+        if isinstance(x, torch.Tensor)
+        else torch.full((), x, dtype=torch.float64, device=device)
+        for x in rates
+    ]
+    return torch.stack(tensors)
+
+
+def _encoded(sections):
+    integers = [n for section in sections for n in section.integers()]
+    return integers, [x for section in sections for x in section.numbers()]
+
+
+def run(sections, *, norms=None, grad_scale=None, found_inf=None, seed=0, loop=False):
+    """One step of all sections in place: one call of the operator, or the PyTorch loop."""
+    sections = [section for section in sections if section.params]
+    if not sections:
+        return
+    op = None if loop else _library.kernel("mars_", sections[0].params[0])
+    if op is None:
+        reference.run(sections, norms, grad_scale, found_inf, seed)
+        return
+    lists = [[t for section in sections for t in getattr(section, name)] for name in LISTS]
+    steps = [t for section in sections for t in section.state_steps]
+    absmaxes = _absmaxes(sections, LISTS)
+    op(
+        *lists,
+        absmaxes,
+        steps,
+        *_encoded(sections),
+        schedule_of(sections),
+        norms,
+        grad_scale,
+        found_inf,
+        seed,
+    )
+
+
+def squares(sections, grad_scale=None):
+    """||c||^2 of the tensors of corrected sections, float64 [n]."""
+    grads = [g for section in sections for g in section.grads]
+    op = _library.kernel("mars_squares", grads[0])
+    if op is None:
+        return reference.squares(sections, grad_scale)
+    last_grads = [h for section in sections for h in section.last_grads]
+    absmaxes = _absmaxes(sections, ["last_grads"])
+    return op(grads, last_grads, absmaxes, *_encoded(sections), schedule_of(sections), grad_scale)
+
+
+def _absmaxes(sections, lists):
+    """The factors as the kernels draw them: tensor by tensor, in the order of the lists."""
+    of_tensors = [factors for section in sections for factors in section.absmaxes]
+    return [factors[name] for factors in of_tensors for name in lists if name in factors]
