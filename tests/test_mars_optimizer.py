@@ -9,6 +9,7 @@ import torch
 
 from deltafuse import MARS
 from deltafuse.optim import split_decay_groups
+from deltafuse.optim.sections import Section
 from test_mars import assert_same, everything, gradients, parameters, train
 
 SHAPES = [(37, 53), (1025,), (), (300, 401)]  # both paths, tails, more than one chunk
@@ -367,22 +368,47 @@ def test_split_decay_groups():
     assert len(split_decay_groups(torch.nn.LayerNorm(3), 0.1)) == 1
 
 
-def test_operator_is_well_formed_and_step_compiles():
+def test_operators_are_well_formed():
     p, g, m, v, h = ([torch.rand(5, 6)] for _ in range(5))
-    rates = (1e-3, 0.95, 0.99, 1e-8, 0.1, 0.025, 1.0, 1e-3, 0.9, 0.95, 0.1, 2, False, True)
-    arguments = (p, g, m, v, h, [], [torch.zeros(())], *rates, None, None, None, None)
-    torch.library.opcheck(torch.ops.deltafuse.mars_adamw_, arguments)
-    torch.library.opcheck(
-        torch.ops.deltafuse.mars_norm, (g, h, 0.95, 0.025, False, False, None, None)
+    section = Section(
+        params=p,
+        grads=g,
+        exp_avgs=m,
+        exp_avg_sqs=v,
+        last_grads=h,
+        state_steps=[torch.zeros(())],
+        corrected=True,
+        caution="mean",
+        lr=1e-3,
+        beta1=0.95,
+        beta2=0.99,
+        eps=1e-8,
+        clip=1.0,
     )
+    encoded = section.integers(), section.numbers()
+    lists = p, g, m, v, [], h, [], [], section.state_steps
+    opcheck = torch.library.opcheck
+    opcheck(torch.ops.deltafuse.mars_, (*lists, *encoded, None, None, None, None, 0))
+    opcheck(torch.ops.deltafuse.mars_squares, (g, h, [], *encoded, None, None))
+
+
+@pytest.mark.parametrize("options", [{"is_approx": False}, {"last_grad_mode": "steal"}], ids=str)
+def test_grad_scaler_with_gradients_that_are_kept(options):
+    """Scaled gradients that the state keeps are unscaled with the scale of their own step."""
     results = []
-    for backend in (None, "aot_eager"):
-        params = parameters(shapes=[(37, 53), (7,)])
-        optimizer = MARS(params)
-        step = torch.compile(optimizer.step, backend=backend) if backend else optimizer.step
-        for i in range(3):
-            for p, g in zip(params, gradients(params, i), strict=True):
-                p.grad = g
-            step()
-        results.append(everything(params, optimizer))
+    for scaled in (False, True):
+        params = parameters(shapes=SHAPES)
+        optimizer = MARS(params, **options)
+        for step in range(4):
+            scale = 2.0 ** (step + 3) if scaled else 1.0
+            if not options.get("is_approx", True):
+                for p, g in zip(params, gradients(params, step + 1), strict=True):
+                    p.grad = g * scale
+                optimizer.update_previous_grad(grad_scale=scale if scaled else None)
+            optimizer.grad_scale = torch.tensor(scale) if scaled else None
+            for p, g in zip(params, gradients(params, step), strict=True):
+                p.grad = g * scale
+            optimizer.step()
+            optimizer.update_last_grad()
+        results.append([p.detach() for p in params])
     assert_same(*results)

@@ -5,8 +5,8 @@ import torch
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def fail(op, message):
-    raise ValueError(f"{op}: {message}")
+def fail(op, message, error=ValueError):
+    raise error(f"{op}: {message}")
 
 
 def expect_shape(op, name, tensor, shape, meaning):

@@ -29,7 +29,7 @@ def _is_half(group, p):
 
 
 def has_master(group, path):
-    return group["master"] is not None and path.endswith("half") and path[:6] != "matrix"
+    return group["master"] is not None and path.endswith("half")
 
 
 def rule_of(group, path):
