@@ -43,7 +43,8 @@ class GroupStep:
         """Of the direction: what the products of Newton-Schulz start from."""
         if p.dtype == torch.float64:
             return p.dtype
-        return torch.float32 if self.group["ns_steps"] is None else self.group["ns_dtype"]
+        half = self.group["ns_steps"] is not None and self.group["ns_dtype"] == torch.bfloat16
+        return torch.bfloat16 if half else torch.float32
 
     def matrix_updates(self):
         """The sections that apply the functions of the directions, one for each factor on lr."""
