@@ -14,7 +14,16 @@ from .groups import (
     warn_decay,
 )
 from .layout import is_finite, owned, step_device
-from .paths import PATHS, has_master, keeps_copy, moments_of, path_of, uses_loop
+from .paths import (
+    PATHS,
+    has_master,
+    keeps_copy,
+    moments_of,
+    options_of,
+    path_of,
+    places,
+    uses_loop,
+)
 from .sections import run
 from .step import FILLED, GroupStep, norms_of
 
@@ -121,6 +130,7 @@ class MARS(Optimizer):
         defaults["lr_constructor"] = lr.item() if isinstance(lr, torch.Tensor) else float(lr)
         defaults["seed"] = (torch.initial_seed() if seed is None else seed) & (1 << 63) - 1
         self._stolen = {}
+        self._places = {}
         self._loading = None
         self._warned = False
         super().__init__(params, defaults)
@@ -135,6 +145,7 @@ class MARS(Optimizer):
                 raise ValueError("MARS: a parameter appears twice in one group")
             param_group = {**param_group, "params": given}
         super().add_param_group(param_group)
+        self._places = {}
         group = self.param_groups[-1]
         try:
             check_flags(group["foreach"], group["fused"], group["differentiable"])
@@ -148,7 +159,7 @@ class MARS(Optimizer):
     def __setstate__(self, state_dict):
         before = self.__dict__.get("param_groups")
         super().__setstate__(state_dict)
-        self._stolen = {}
+        self._stolen, self._places = {}, {}
         self._warned = True
         for i, group in enumerate(self.param_groups):
             known = before[i] if before else self.defaults
@@ -189,8 +200,9 @@ class MARS(Optimizer):
         """Fills the lists with the group's parameters on that path, and creates missing state."""
         lists = dict(zip(FILLED, filled, strict=True))
         arrays = moments_of(group, path)
-        for i, p in enumerate(group["params"]):
-            if p.grad is None or path_of(group, p) != path:
+        for i in self._placed(group)[path]:
+            p = group["params"][i]
+            if p.grad is None:
                 continue
             check_step(group, i, p)
             kept = self.state[p]
@@ -215,6 +227,14 @@ class MARS(Optimizer):
             lists["params"].append(p)
             lists["grads"].append(p.grad)
             lists["state_steps"].append(kept["step"])
+
+    def _placed(self, group):
+        """{path: indices of the group's parameters}, found again only where it may have changed."""
+        key = options_of(group), [p.dtype for p in group["params"]]
+        known = self._places.get(id(group))
+        if known is None or known[0] != key:
+            known = self._places[id(group)] = key, places(group)
+        return known[1]
 
     def _first(self, group, p, kept, name):
         if name == "exp_avg_base" and group["first_step"] == "grad":

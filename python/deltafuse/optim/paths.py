@@ -21,6 +21,20 @@ def path_of(group, p):
     return ("matrix" if is_matrix and kind_of(group) in ("shampoo", "m") else "mars") + half
 
 
+def options_of(group):
+    """Everything but the parameters that path_of looks at."""
+    names = ("mars_type", "optimize_1d", "matrix_ndim", "flatten", "master", "rounding")
+    return [group[name] for name in names]
+
+
+def places(group):
+    """{path: indices of the parameters on it}, for all of PATHS."""
+    found = {path: [] for path in PATHS}
+    for i, p in enumerate(group["params"]):
+        found[path_of(group, p)].append(i)
+    return found
+
+
 def _is_half(group, p):
     if group["master"] == "fp32":
         return p.dtype in (torch.bfloat16, torch.float16)

@@ -10,6 +10,9 @@ from .sections import LISTS, Section, squares
 FILLED = (*LISTS, "absmaxes", "state_steps")  # what MARS._init_group fills, in its order
 
 
+_ORDINARY = (torch.nn.Parameter, torch.Tensor)
+
+
 class GroupStep:
     """The tensors of one path of one group that have gradients.
 
@@ -26,8 +29,9 @@ class GroupStep:
         if group["nonfinite"] == "skip_tensor":
             lists = _only_finite(lists)
         self.whole = lists["params"]  # DTensors as they are
-        for name in (*LISTS, "state_steps"):
-            lists[name] = as_real([sharded.local(t) for t in lists[name]])
+        if not all(type(p) in _ORDINARY and not p.is_complex() for p in self.whole):
+            for name in (*LISTS, "state_steps"):
+                lists[name] = as_real([sharded.local(t) for t in lists[name]])
         self.params, self.masters = lists["params"], lists["masters"]
         self.targets = [p if is_dense(p) else p.contiguous() for p in self.params]
         for name in ("grads", "last_grads"):
@@ -120,7 +124,9 @@ def norms_of(steps, grad_scale):
     """
     clipped = [s for s in steps if s.group["clip"] is not None and is_corrected(s.group, s.path)]
     scopes = {s.group["clip_scope"] for s in clipped}
-    shards = any(sharded.is_sharded(p) for s in clipped for p in s.whole)
+    shards = any(
+        type(p) not in _ORDINARY and sharded.is_sharded(p) for s in clipped for p in s.whole
+    )
     if not shards and scopes <= {"tensor"}:
         return None
     tensors = [p for s in clipped for p in s.whole]
