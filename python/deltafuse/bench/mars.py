@@ -1,4 +1,4 @@
-"""Benchmark of the MARS-AdamW step on the parameters of GPT-2 small."""
+"""Benchmarks of MARS steps: MARS-AdamW on the parameters of GPT-2 small, MARS-M on matrices."""
 
 import torch
 
@@ -51,9 +51,11 @@ def compare(device):
 def mars_case(shape, device):
     params = parameters(shape, device)
     options = dict(lr=1e-4, weight_decay=0.1)
-    fused, foreach = (
-        torch.optim.AdamW(params, **options, **{kind: True}) for kind in ("fused", "foreach")
-    )
+    kinds = {"fused": {"fused": True}, "foreach": {"foreach": True}, "loop": {"foreach": False}}
+    baselines = {
+        f"torch AdamW {kind}": torch.optim.AdamW(params, **options, **flags).step
+        for kind, flags in kinds.items()
+    }
     # one list of parameters for all: memory; each optimizer has its own state
     ours, oracle = MARS(params, **options), MARS(params, **options)
 
@@ -64,9 +66,54 @@ def mars_case(shape, device):
     return Case(
         ours=ours.step,
         reference=reference,
-        baselines={"torch AdamW fused": fused.step, "torch AdamW foreach": foreach.step},
+        baselines=baselines,
         check=lambda: compare(device),
     )
+
+
+def matrices(shape, device):
+    return [p for p in parameters(shape, device) if p.ndim == 2]
+
+
+def compare_matrices(device):
+    """A step of ours and of the oracle in float64, where Newton-Schulz adds no rounding."""
+    ours, oracle = (
+        [torch.nn.Parameter(p.detach().double()) for p in matrices(CHECK, device)] for _ in range(2)
+    )
+    start = [p.detach().clone() for p in ours]
+    for params, backend in ((ours, "native"), (oracle, "reference")):
+        for p, like in zip(params, matrices(CHECK, device), strict=True):
+            p.grad = like.grad.double()
+        with _library.use(backend):
+            MARS(params, mars_type="mars-m", ns_dtype=torch.float64).step()
+    return [
+        (f"update of parameter {i}", (a - p).detach(), (b - p).detach(), 1e-9)
+        for i, (a, b, p) in enumerate(zip(ours, oracle, start, strict=True))
+    ]
+
+
+def mars_m_case(shape, device):
+    params = matrices(shape, device)
+    options = dict(lr=1e-4, weight_decay=0.1)
+    muon = torch.optim.Muon(params, adjust_lr_fn="match_rms_adamw", **options)
+    ours, oracle = (MARS(params, mars_type="mars-m", **options) for _ in range(2))
+
+    def reference():
+        with _library.use("reference"):
+            oracle.step()
+
+    return Case(
+        ours=ours.step,
+        reference=reference,
+        baselines={"torch Muon": muon.step},
+        check=lambda: compare_matrices(device),
+    )
+
+
+def newton_schulz_flops(shape):
+    """5 (4 n^2 k + 2 n^3) a matrix of sides n <= k, without use of symmetry."""
+    sides = [sorted(size) for size in parameter_sizes(shape) if len(size) == 2]
+    return sum(5 * (4 * n * n * k + 2 * n**3) for n, k in sides)
 
 
 ENTRIES = {
@@ -79,6 +126,17 @@ ENTRIES = {
         make=mars_case,
         flops=lambda s: 20 * count(s),
         bytes=lambda s: 36 * count(s),  # p, g, h, m, v read, p, h, m, v written
-        target=("torch AdamW fused", 0.5),
+        target=("torch AdamW fused", 1 / 1.65),
+    ),
+    "mars_m": Benchmark(
+        title="MARS-M step on the matrices of a small GPT",
+        reference="eager oracle around the same matrix products",
+        kernel="mars_",
+        shapes=({"layers": 4, "width": 384, "vocabulary": 512, "context": 256},),
+        tiny={"layers": 1, "width": 24, "vocabulary": 33, "context": 17},
+        make=mars_m_case,
+        flops=newton_schulz_flops,
+        bytes=lambda s: 28 * count(s),  # p, g, h, m read, p, h, m written
+        target=("torch Muon", 1.0),
     ),
 }

@@ -20,19 +20,22 @@ def newton_schulz(matrix, steps=5, dtype=torch.bfloat16):
             result; float64 stays.
     """
     a, b, c = _COEFFICIENTS
-    x = matrix if matrix.dtype == torch.float64 else matrix.to(dtype)
+    x = matrix.reshape(-1, *matrix.shape[-2:])
+    x = x if x.dtype == torch.float64 else x.to(dtype)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x.mT if tall else x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return (x.mT if tall else x).reshape(matrix.shape)
 
 
 def polar(matrix):
     """U V^T by the singular value decomposition, in float32 or float64."""
-    x = matrix if matrix.dtype == torch.float64 else matrix.float()
+    x = matrix.reshape(-1, *matrix.shape[-2:])
+    x = x if x.dtype == torch.float64 else matrix.float()
     u, _, vh = torch.linalg.svd(x, full_matrices=False)
     return u @ vh
 

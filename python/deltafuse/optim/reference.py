@@ -5,7 +5,7 @@ Works in float64 for float64 parameters, else in float32, on every device, and i
 
 import torch
 
-from . import low_bits
+from . import reference_low_bits as low_bits
 
 MIN_AGREEMENT = 1e-3
 MAX_STEP = 2.0**24  # float32 counts no further

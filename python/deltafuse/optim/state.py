@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from . import low_bits
+from . import reference_low_bits as low_bits
 from .layout import like, state_dtype, step_device
 from .paths import moments_of
 from .sharded import is_sharded, local

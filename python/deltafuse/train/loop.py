@@ -25,9 +25,10 @@ def make_optimizer(settings, model):
     from ..optim import MARS, split_decay_groups
 
     groups = split_decay_groups(model, settings.weight_decay)
+    options = dict(lr=settings.lr, betas=(settings.beta1, 0.99))
     if settings.optimizer == "mars":
-        return MARS(groups, lr=settings.lr, lr_1d=settings.lr)
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.99), fused=True)
+        return MARS(groups, lr_1d=settings.lr, **options)
+    return torch.optim.AdamW(groups, fused=True, **options)
 
 
 class Run:

@@ -9,9 +9,9 @@ from .errors import UserError
 OPTIMIZERS = ("mars", "adamw")
 # measured for `tiny` on the standard library's text; larger models want smaller rates
 PRESET_SETTINGS = {
-    "tiny": {"steps": 500, "batch": 8, "context": 256, "lr": 4e-3},
-    "small": {"steps": 5000, "batch": 16, "context": 512, "lr": 2e-3},
-    "medium": {"steps": 20000, "batch": 32, "context": 1024, "lr": 1e-3},
+    "tiny": {"steps": 500, "batch": 8, "context": 256, "lr": {"mars": 6e-3, "adamw": 3e-3}},
+    "small": {"steps": 5000, "batch": 16, "context": 512, "lr": {"mars": 2e-3, "adamw": 2e-3}},
+    "medium": {"steps": 20000, "batch": 32, "context": 1024, "lr": {"mars": 1e-3, "adamw": 1e-3}},
 }
 
 
@@ -24,7 +24,7 @@ class Settings:
         preset: name of the model's sizes.
         steps, batch, context: optimizer steps, sequences a step, bytes a sequence.
         lr: peak learning rate, after `warmup` steps; falls to a tenth along a cosine.
-        optimizer: "mars" or "adamw".
+        optimizer: "mars" or "adamw"; beta1: of its first moment, for matrices with MARS.
         clip: bound of the gradient's norm over all parameters.
         seed: of the initial weights, the order of the data and the sample.
         eval_every, checkpoint_every: steps between validations and between checkpoints.
@@ -41,6 +41,7 @@ class Settings:
     context: int
     lr: float
     optimizer: str = "mars"
+    beta1: float = 0.9
     weight_decay: float = 0.01
     warmup: int = 50
     clip: float = 1.0
@@ -54,6 +55,7 @@ class Settings:
             self._check(name, getattr(self, name) >= 1, "at least 1")
         self._check("seed", 0 <= self.seed < 2**32, "in 0 .. 2^32 - 1")
         self._check("lr", 0 < self.lr < math.inf, "a positive number")
+        self._check("beta1", 0 <= self.beta1 < 1, "in [0, 1)")
         self._check("optimizer", self.optimizer in OPTIMIZERS, "one of " + ", ".join(OPTIMIZERS))
         self._check("preset", self.preset in PRESETS, "one of " + ", ".join(PRESETS))
 
@@ -67,7 +69,10 @@ class Settings:
         preset = given.get("preset", "tiny")
         if preset not in PRESET_SETTINGS:
             raise UserError(f"--preset must be one of {', '.join(PRESETS)}, got {preset}")
-        return cls(**{"data": None, "preset": preset, **PRESET_SETTINGS[preset], **given})
+        settings = {"data": None, "preset": preset, **PRESET_SETTINGS[preset]}
+        # an unknown optimizer is reported by __post_init__
+        settings["lr"] = settings["lr"].get(given.get("optimizer", "mars"), 1.0)
+        return cls(**settings | given)
 
     @classmethod
     def from_record(cls, record, where):
