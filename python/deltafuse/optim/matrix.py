@@ -34,8 +34,7 @@ def newton_schulz(matrix, steps=5, dtype=torch.bfloat16):
 
 def polar(matrix):
     """U V^T by the singular value decomposition, in float32 or float64."""
-    x = matrix.reshape(-1, *matrix.shape[-2:])
-    x = x if x.dtype == torch.float64 else matrix.float()
+    x = matrix if matrix.dtype == torch.float64 else matrix.float()
     u, _, vh = torch.linalg.svd(x, full_matrices=False)
     return u @ vh
 
