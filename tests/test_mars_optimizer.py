@@ -5,7 +5,7 @@ import torch
 
 from deltafuse import MARS
 from deltafuse.optim import split_decay_groups
-from deltafuse.optim.sections import Section
+from deltafuse.optim.sections import Section, by_device
 from test_mars import assert_same, everything, gradients, parameters, train
 
 SHAPES = [(37, 53), (1025,), (), (300, 401)]  # both paths, tails, more than one chunk
@@ -312,6 +312,22 @@ def test_operators_are_well_formed():
     opcheck = torch.library.opcheck
     opcheck(torch.ops.deltafuse.mars_, (*lists, *encoded, None, None, None, None, 0))
     opcheck(torch.ops.deltafuse.mars_squares, (g, h, [], *encoded, None, None))
+
+
+def test_sections_are_cut_by_device():
+    def section(devices, name):
+        tensors = [torch.zeros(2, device=device) for device in devices]
+        return Section(params=tensors, grads=list(tensors), last_grads=list(tensors), rule=name)
+
+    mixed, other = section(["cpu", "meta", "cpu"], "lion"), section(["meta"], "sgd")
+    ((first, first_places), (second, second_places)) = by_device([mixed, other])
+    assert [s.rule for s in first] == ["lion"] and [s.rule for s in second] == ["lion", "sgd"]
+    assert first_places == [0, 2] and second_places == [1, 3]
+    assert [s.device.type for s in (*first, *second)] == ["cpu", "meta", "meta"]
+    assert all(len(s.params) == len(s.grads) == len(s.last_grads) for s in (*first, *second))
+    assert first[0].params[1] is mixed.params[2] and not first[0].exp_avgs
+    assert by_device([mixed.only([0])]) == [([mixed.only([0])], None)]
+    assert by_device([]) == []
 
 
 @pytest.mark.parametrize("options", [{"is_approx": False}, {"last_grad_mode": "steal"}], ids=str)

@@ -64,6 +64,17 @@ class Section:
     def amsgrad(self):
         return len(self.max_exp_avg_sqs) > 0
 
+    @property
+    def device(self):
+        return self.params[0].device
+
+    def only(self, keep):
+        """The section of some of its tensors."""
+        lists = {name: getattr(self, name) for name in (*LISTS, "absmaxes", "state_steps")}
+        return dataclasses.replace(
+            self, **{name: [x[i] for i in keep] if x else [] for name, x in lists.items()}
+        )
+
     def integers(self):
         flags = sum(getattr(self, name) << i for i, name in enumerate(FLAGS))
         rule, caution = RULES.index(self.rule), CAUTIONS.index(self.caution)
@@ -99,11 +110,41 @@ def _encoded(sections):
     return integers, [x for section in sections for x in section.numbers()]
 
 
+def by_device(sections):
+    """(sections, places of their tensors) of each device; one device keeps the sections."""
+    devices = {p.device: None for section in sections for p in section.params}
+    if len(devices) <= 1:
+        return [(sections, None)] if devices else []
+    found = []
+    for device in devices:
+        parts, places, before = [], [], 0
+        for section in sections:
+            keep = [i for i, p in enumerate(section.params) if p.device == device]
+            parts.append(section.only(keep))
+            places += [before + i for i in keep]
+            before += len(section.params)
+        found.append(([part for part in parts if part.params], places))
+    return found
+
+
+def _on(x, device):
+    return x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x
+
+
 def run(sections, *, norms=None, grad_scale=None, found_inf=None, seed=0, loop=False):
-    """One step of all sections in place: one call of the operator, or the PyTorch loop."""
-    sections = [section for section in sections if section.params]
-    if not sections:
-        return
+    """One step of all sections in place: one call of the operator a device, or the loop."""
+    for parts, places in by_device(sections):
+        scalars = norms, grad_scale, found_inf
+        if places is not None:
+            scalars = tuple(_on(x, parts[0].device) for x in (_at(norms, places), *scalars[1:]))
+        _run([part for part in parts if part.params], *scalars, seed, loop)
+
+
+def _at(norms, places):
+    return None if norms is None else norms[torch.tensor(places, device=norms.device)]
+
+
+def _run(sections, norms, grad_scale, found_inf, seed, loop):
     op = None if loop else _library.kernel("mars_", sections[0].params[0])
     if op is None:
         reference.run(sections, norms, grad_scale, found_inf, seed)
@@ -125,7 +166,23 @@ def run(sections, *, norms=None, grad_scale=None, found_inf=None, seed=0, loop=F
 
 
 def squares(sections, grad_scale=None):
-    """||c||^2 of the tensors of corrected sections, float64 [n]."""
+    """||c||^2 of the tensors of corrected sections, float64 [n], on the first one's device."""
+    found = [
+        (
+            _squares([part for part in parts if part.params], _on(grad_scale, parts[0].device)),
+            places,
+        )
+        for parts, places in by_device(sections)
+    ]
+    if len(found) == 1:
+        return found[0][0]
+    total = found[0][0].new_zeros(sum(len(places) for _, places in found))
+    for part, places in found:
+        total[torch.tensor(places, device=total.device)] = part.to(total.device)
+    return total
+
+
+def _squares(sections, grad_scale):
     grads = [g for section in sections for g in section.grads]
     op = _library.kernel("mars_squares", grads[0])
     if op is None:
