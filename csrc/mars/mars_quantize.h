@@ -9,7 +9,7 @@
 
 namespace df {
 template <bool is_signed>
-DF_HOST_DEVICE inline float mars_decode(uint32_t code) {
+DF_HOST_DEVICE constexpr float mars_decode(uint32_t code) {
   const uint32_t k = is_signed ? code & 127 : code;
   float unit = is_signed ? 1e-6f : 1e-7f, levels = 1;
   for (uint32_t top = 2; top <= k; top *= 2) unit *= 10, levels *= 2;
@@ -19,7 +19,7 @@ DF_HOST_DEVICE inline float mars_decode(uint32_t code) {
 
 // x = value / absmax, in [-1, 1].
 template <bool is_signed>
-DF_HOST_DEVICE inline uint32_t mars_encode(float x) {
+DF_HOST_DEVICE constexpr uint32_t mars_encode(float x) {
   constexpr int kDecades = is_signed ? 7 : 8;
   const float magnitude = x < 0 ? -x : x;
   float scaled = magnitude * (is_signed ? 1e6f : 1e7f), levels = 1;

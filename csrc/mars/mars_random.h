@@ -7,10 +7,12 @@
 namespace df {
 enum class MarsStream : uint32_t { parameter, second_moment };
 
-struct MarsBits {  // of elements 8 i to 8 i + 7: element k has half k % 2 of word k / 2
+struct MarsBits {  // of elements 8 i to 8 i + 7
   uint32_t word[4];
-  DF_HOST_DEVICE uint32_t half(int k) const { return word[k / 2] >> (k % 2 * 16) & 0xffff; }
 };
+DF_HOST_DEVICE inline uint32_t mars_half(const MarsBits& bits, int k) {
+  return bits.word[k / 2] >> (k % 2 * 16) & 0xffff;
+}
 
 DF_HOST_DEVICE inline MarsBits mars_bits(uint64_t seed, uint64_t group_of_8, uint32_t step,
                                          uint32_t number, MarsStream stream) {
