@@ -494,6 +494,11 @@ __global__ void __launch_bounds__(kMarsThreads, 2)
   __shared__ alignas(16) unsigned char storage[sizeof(MarsItem<T>)];
   MarsItem<T>& s = *reinterpret_cast<MarsItem<T>*>(storage);
   mars_fill_codes(s);
+  if (blockIdx.x == 0)
+    for (int i = threadIdx.x; i < p.launch.tensors; i += kMarsThreads) {
+      const MarsEntry& e = mars_entries(p)[i];
+      if (e.chunks == 0) p.launch.squares[e.tensor.number] = 0;
+    }
   for (int item = blockIdx.x; item < p.launch.items; item += gridDim.x) {
     __syncthreads();  // the item of before is done
     if (threadIdx.x == 0) mars_load(p, item, s);
