@@ -61,10 +61,14 @@ struct MarsItem {
 };
 
 // ---- the table, the workspace, numbers on the device
-__device__ inline const MarsEntry* mars_entries(const MarsParameters& p) {
-  const unsigned char* workspace = static_cast<const unsigned char*>(p.launch.workspace);
-  return reinterpret_cast<const MarsEntry*>(p.in_workspace ? workspace + mars_table_offset(p.launch)
-                                                           : p.table);
+// fn(entries): in two copies, since loads of arguments are other instructions than those of memory.
+template <class Fn>
+__device__ inline void mars_with_entries(const MarsParameters& p, Fn fn) {
+  const char* workspace = static_cast<const char*>(p.launch.workspace);
+  if (p.in_workspace)
+    fn(reinterpret_cast<const MarsEntry*>(workspace + mars_table_offset(p.launch)));
+  else
+    fn(reinterpret_cast<const MarsEntry*>(p.table));
 }
 __device__ inline MarsCounters* mars_counters(const MarsLaunch& x) {
   return static_cast<MarsCounters*>(x.workspace);
@@ -130,9 +134,8 @@ __device__ inline void mars_await(const MarsLaunch& p, MarsItem<T>& s) {
 
 // The phase, tensor and chunk of an item.
 template <class T>
-__device__ inline int mars_find(const MarsParameters& p, int item, MarsItem<T>& s) {
-  const MarsLaunch& x = p.launch;
-  const MarsEntry* entries = mars_entries(p);
+__device__ inline int mars_find(const MarsLaunch& x, const MarsEntry* entries, int item,
+                                MarsItem<T>& s) {
   int group = 0;
   for (int end = x.tensors + x.lag; end - group > 1;) {
     const int middle = (group + end) / 2;
@@ -159,13 +162,15 @@ __device__ inline int mars_find(const MarsParameters& p, int item, MarsItem<T>& 
 
 template <class T>
 __device__ inline void mars_load(const MarsParameters& p, int item, MarsItem<T>& s) {
-  const MarsEntry* entries = mars_entries(p);
-  const int tensor = mars_find(p, item, s);
-  s.progress = mars_progress(p.launch) + tensor;
-  s.entry = entries[tensor];
-  s.section = reinterpret_cast<const MarsSection*>(entries + p.launch.tensors +
-                                                   p.launch.lag)[s.entry.tensor.section];
-  mars_constants(p.launch, s);
+  const MarsLaunch& x = p.launch;
+  mars_with_entries(p, [&](const MarsEntry* entries) {
+    const int tensor = mars_find(x, entries, item, s);
+    const MarsEntry* sections = entries + x.tensors + x.lag;
+    s.progress = mars_progress(x) + tensor;
+    s.entry = entries[tensor];
+    s.section = reinterpret_cast<const MarsSection*>(sections)[s.entry.tensor.section];
+  });
+  mars_constants(x, s);
 }
 
 // Calls fn(place, whole) for the warp's quanta of the chunk; whole: vectors may be used.
@@ -445,13 +450,14 @@ __device__ inline void mars_fill_codes(MarsItem<T>& s) {
 // Once all items are done: by the last CTA.
 template <class T>
 __device__ inline void mars_advance(const MarsParameters& p, MarsItem<T>& s) {
-  const MarsEntry* entries = mars_entries(p);
   if (threadIdx.x == 0) s.last = mars_arrive(&mars_counters(p.launch)->done) + 1 == gridDim.x;
   __syncthreads();
   if (!s.last) return;
-  for (int i = threadIdx.x; i < p.launch.tensors; i += kMarsThreads)
-    if (float* step = entries[i].step)
-      *step = *step + 1 < float(kMarsMaxStep) ? *step + 1 : float(kMarsMaxStep);
+  mars_with_entries(p, [&](const MarsEntry* entries) {
+    for (int i = threadIdx.x; i < p.launch.tensors; i += kMarsThreads)
+      if (float* step = entries[i].step)
+        *step = *step + 1 < float(kMarsMaxStep) ? *step + 1 : float(kMarsMaxStep);
+  });
 }
 
 template <class T>
@@ -495,10 +501,10 @@ __global__ void __launch_bounds__(kMarsThreads, 2)
   MarsItem<T>& s = *reinterpret_cast<MarsItem<T>*>(storage);
   mars_fill_codes(s);
   if (blockIdx.x == 0)
-    for (int i = threadIdx.x; i < p.launch.tensors; i += kMarsThreads) {
-      const MarsEntry& e = mars_entries(p)[i];
-      if (e.chunks == 0) p.launch.squares[e.tensor.number] = 0;
-    }
+    mars_with_entries(p, [&](const MarsEntry* entries) {  // empty tensors have no items
+      for (int i = threadIdx.x; i < p.launch.tensors; i += kMarsThreads)
+        if (entries[i].chunks == 0) p.launch.squares[entries[i].tensor.number] = 0;
+    });
   for (int item = blockIdx.x; item < p.launch.items; item += gridDim.x) {
     __syncthreads();  // the item of before is done
     if (threadIdx.x == 0) mars_load(p, item, s);
