@@ -49,8 +49,8 @@ __device__ inline void put_element(Piece& x, int k, int size, const char* p) {
   } else if constexpr (sizeof(T) == 4) {
     x.word[k] = __float_as_uint(float(*reinterpret_cast<const double*>(p)));
   } else {
-    x.word[2 * k] = reinterpret_cast<const uint32_t*>(p)[0];
-    x.word[2 * k + 1] = reinterpret_cast<const uint32_t*>(p)[1];
+    const double y = *reinterpret_cast<const double*>(p);
+    x.word[2 * k % 4] = __double2loint(y), x.word[2 * k % 4 + 1] = __double2hiint(y);
   }
 }
 template <class T>
@@ -64,8 +64,7 @@ __device__ inline void get_element(const Piece& x, int k, int size, char* p) {
   } else if constexpr (sizeof(T) == 4) {
     *reinterpret_cast<double*>(p) = __uint_as_float(x.word[k]);
   } else {
-    reinterpret_cast<uint32_t*>(p)[0] = x.word[2 * k];
-    reinterpret_cast<uint32_t*>(p)[1] = x.word[2 * k + 1];
+    *reinterpret_cast<double*>(p) = __hiloint2double(x.word[2 * k % 4 + 1], x.word[2 * k % 4]);
   }
 }
 
