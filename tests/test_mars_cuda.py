@@ -119,7 +119,8 @@ def check_array(name, got, want, eps=None):
     eps = eps or EPS[got.dtype]
     error, size = (got.double() - want).abs(), want.abs()
     scale = size.max().item() if size.numel() else 0
-    assert (error <= eps * size + 4e-7 * scale).all(), (name, error.max())
+    smallest = 2**-25 if got.dtype == torch.float16 else 0  # half of its unit near zero
+    assert (error <= eps * size + 4e-7 * scale + smallest).all(), (name, error.max())
 
 
 def check_codes(got, want):
@@ -138,8 +139,10 @@ def check_codes(got, want):
 
 def check_param(section, after, want):
     for name in ("m", "v", "vmax", "h", "step"):
-        if name in want:
-            check_array(name, after[name], want[name])
+        if name in want:  # v is rounded up or down in bfloat16
+            up_or_down = name == "v" and want[name].numel() and getattr(after[name], "dtype", 0)
+            eps = 2**-7 if up_or_down == torch.bfloat16 else None
+            check_array(name, after[name], want[name], eps)
     p, master = after["p"], section.master
     if master == "split16":
         high, low = split(join(p, after["master"]))
@@ -372,12 +375,13 @@ def test_random_rounding_is_unbiased(emulated):
 
 # bytes an element: what has to move, and with g and h read once more for the norm
 TRAFFIC = {
-    "float32": (36, 44, 1.05),
-    "split16": (30, 34, 1.05),
-    "master": (32, 36, 1.05),
-    "stochastic": (6 + 8 + 2 + 8 + 2, 30, 1.05),
-    "8-bit state": (2 + 2 + 7 + 2 + 7, 23.1, 1.05),
-    "float64": (72, 88, 1.05),
+    "float32": (36, 44),
+    "float64": (72, 88),
+    "master": (32, 36),
+    "split16": (30, 34),
+    "stochastic": (26, 30),
+    "bfloat16 state": (28, 36),
+    "8-bit state": (18.1, 23.1),  # float32 master; a lane asks for its factor
 }
 
 
@@ -388,16 +392,12 @@ def test_bytes_and_sectors(emulated, storage):
     with emulated.profile() as launches:
         call([section])
     (launch,) = launches
-    once, total, sectors = TRAFFIC[storage]
+    once, total = TRAFFIC[storage]
     small = 20000  # tables, counters, partial sums
     unique = launch["unique_bytes_read"] + launch["unique_bytes_written"]
     assert unique <= once * n * 1.02 + small
     assert launch["global_load_bytes"] + launch["global_store_bytes"] <= total * n * 1.02 + small
     for kind in ("load", "store"):
         ideal = launch[f"global_{kind}_sectors_ideal"]
-        assert launch[f"global_{kind}_sectors"] <= sectors * ideal + 500, kind
+        assert launch[f"global_{kind}_sectors"] <= 1.02 * ideal + 100, kind
     assert launch["local_loads"] == launch["local_stores"] == 0
-
-
-def test_no_tensors(emulated):
-    call([Section([])])

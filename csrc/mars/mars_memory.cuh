@@ -154,46 +154,73 @@ __device__ inline uint16_t mars_halfword(const Raw<float>& raw, int k) {  // of 
   return uint16_t(raw.piece[k / 4].word[k % 4 / 2] >> 16 * (k % 2));
 }
 
-// codes: what the 256 codes of this array stand for.
+// x[i] = fn(words of the piece of element i, its place there)
+template <class T, class Fn>
+__device__ inline void mars_convert(const Raw<T>& raw, T (&x)[kMarsLane], Fn fn) {
+#pragma unroll
+  for (int i = 0; i < kMarsLane; ++i) x[i] = fn(raw.piece[i / kPiece<T>].word, i % kPiece<T>);
+}
+
+// codes: what the 256 codes of this array stand for. One branch for all elements: the compiler
+// would repeat it for each.
 template <class T>
 __device__ inline void mars_unpack(const Raw<T>& raw, const MarsArray& a, const float* codes,
                                    T (&x)[kMarsLane]) {
+  const auto half = [](const uint32_t* word, int k) {
+    return uint16_t(word[k / 2] >> 16 * (k % 2));
+  };
+  if (a.absmax)
+    return mars_convert(raw, x, [&](const uint32_t* word, int k) {
+      return T(codes[word[0] >> 8 * k & 255] * raw.factor);
+    });
+  if (a.type == DType::bf16)
+    return mars_convert(
+        raw, x, [&](const uint32_t* word, int k) { return T(to_float(bf16{half(word, k)})); });
+  if (a.type == DType::f16)
+    return mars_convert(
+        raw, x, [&](const uint32_t* word, int k) { return T(to_float(f16{half(word, k)})); });
+  if (sizeof(T) == 4 || a.type == DType::f32)
+    return mars_convert(raw, x,
+                        [](const uint32_t* word, int k) { return T(__uint_as_float(word[k])); });
+  mars_convert(raw, x, [](const uint32_t* word, int k) {
+    return T(__hiloint2double(word[2 * k % 4 + 1], word[2 * k % 4]));
+  });
+}
+
+// 16-bit elements, from their bits.
+template <class T, class Bits>
+__device__ inline Raw<T> mars_pack_halves(Bits bits) {
+  Raw<T> raw = {};
 #pragma unroll
-  for (int i = 0; i < kMarsLane; ++i) {
-    const uint32_t* word = raw.piece[i / kPiece<T>].word;
-    const int k = i % kPiece<T>;
-    const uint16_t half = uint16_t(word[k / 2] >> 16 * (k % 2));
-    if (a.absmax)
-      x[i] = codes[word[0] >> 8 * k & 255] * raw.factor;
-    else if (a.type == DType::bf16)
-      x[i] = to_float(bf16{half});
-    else if (a.type == DType::f16)
-      x[i] = to_float(f16{half});
-    else if (sizeof(T) == 4 || a.type == DType::f32)
-      x[i] = __uint_as_float(word[k]);
-    else
-      x[i] = __hiloint2double(word[2 * k % 4 + 1], word[2 * k % 4]);
-  }
+  for (int i = 0; i < kMarsLane; ++i)
+    raw.piece[i / kPiece<T>].word[i % kPiece<T> / 2] |= uint32_t(uint16_t(bits(i))) << 16 * (i % 2);
+  return raw;
 }
 
 template <class T>
 __device__ inline Raw<T> mars_pack(const T (&x)[kMarsLane], DType type) {
+  if (type == DType::bf16)
+    return mars_pack_halves<T>([&](int i) {
+      bf16 y;
+      from_float(float(x[i]), &y);
+      return y.bits;
+    });
+  if (type == DType::f16)
+    return mars_pack_halves<T>([&](int i) {
+      f16 y;
+      from_float(float(x[i]), &y);
+      return y.bits;
+    });
   Raw<T> raw = {};
+  const bool narrow = sizeof(T) == 4 || type == DType::f32;
 #pragma unroll
   for (int i = 0; i < kMarsLane; ++i) {
     uint32_t* word = raw.piece[i / kPiece<T>].word;
     const int k = i % kPiece<T>;
-    if (type == DType::bf16 || type == DType::f16) {
-      bf16 b;
-      f16 h;
-      from_float(float(x[i]), &b), from_float(float(x[i]), &h);
-      word[k / 2] |= uint32_t(type == DType::bf16 ? b.bits : h.bits) << 16 * (k % 2);
-    } else if (sizeof(T) == 4 || type == DType::f32) {
+    if (narrow)
       word[k] = __float_as_uint(float(x[i]));
-    } else {
-      word[2 * k % 4] = __double2loint(x[i]);
-      word[2 * k % 4 + 1] = __double2hiint(x[i]);
-    }
+    else
+      word[2 * k % 4] = __double2loint(x[i]), word[2 * k % 4 + 1] = __double2hiint(x[i]);
   }
   return raw;
 }
@@ -227,14 +254,9 @@ __device__ inline void mars_store(const T (&x)[kMarsLane], const MarsArray& a,
   if (threadIdx.x % 32 == 0) a.absmax[at.quantum] = absmax;
 }
 
-// 16-bit elements, from their bits.
 template <bool kWhole, class Bits>
 __device__ inline void mars_store_halves(Bits bits, void* data, const MarsPlace& at) {
-  Raw<float> raw = {};
-#pragma unroll
-  for (int i = 0; i < kMarsLane; ++i)
-    raw.piece[i / 4].word[i % 4 / 2] |= uint32_t(uint16_t(bits(i))) << 16 * (i % 2);
-  mars_put<float, kWhole>(raw, data, 2, at);
+  mars_put<float, kWhole>(mars_pack_halves<float>(bits), data, 2, at);
 }
 
 // Random bits of a lane's eight elements. A piece is half of a group of eight: of two neighbouring
