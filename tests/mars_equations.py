@@ -165,6 +165,29 @@ def value(section, param):
     return param["master" if section.master == "fp32" else "p"].double()
 
 
+def clone(section):
+    def copy(x):
+        if not isinstance(x, Codes):
+            return x.clone()
+        y = Codes.__new__(Codes)
+        y.signed, y.codes, y.absmax = x.signed, x.codes.clone(), x.absmax.clone()
+        return y
+
+    params = [{name: copy(x) for name, x in param.items()} for param in section.params]
+    return Section(
+        params, section.rule, section.caution, section.master, section.flags, section.numbers
+    )
+
+
+def bits(sections):
+    """All that a call may write, as bytes."""
+    tensors = []
+    for param in (param for section in sections for param in section.params):
+        for x in param.values():
+            tensors += [x.codes, x.absmax] if isinstance(x, Codes) else [x]
+    return [x.contiguous().view(-1).view(torch.uint8).clone() for x in tensors]
+
+
 def random_halves(seed, n, step, number, stream):
     """16 bits for each of n elements: Philox4x32-10, counter (element / 8, step, array)."""
     group = np.arange((n + 7) // 8, dtype=np.uint64)

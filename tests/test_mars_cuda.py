@@ -7,7 +7,9 @@ from mars_equations import (
     Codes,
     Numbers,
     Section,
+    bits,
     call,
+    clone,
     correction,
     expected,
     join,
@@ -84,29 +86,6 @@ def make(rule="adamw", storage="float32", flags=None, sizes=SIZES, numbers=None,
     return Section(
         params, rule, master=STORAGE[storage][2], flags=flags, numbers=numbers, **options
     )
-
-
-def clone(section):
-    def copy(x):
-        if not isinstance(x, Codes):
-            return x.clone()
-        y = Codes.__new__(Codes)
-        y.signed, y.codes, y.absmax = x.signed, x.codes.clone(), x.absmax.clone()
-        return y
-
-    params = [{name: copy(x) for name, x in param.items()} for param in section.params]
-    return Section(
-        params, section.rule, section.caution, section.master, section.flags, section.numbers
-    )
-
-
-def bits(sections):
-    """All that a call may write, as bytes."""
-    tensors = []
-    for param in (param for section in sections for param in section.params):
-        for x in param.values():
-            tensors += [x.codes, x.absmax] if isinstance(x, Codes) else [x]
-    return [x.contiguous().view(-1).view(torch.uint8).clone() for x in tensors]
 
 
 def equal(a, b):
