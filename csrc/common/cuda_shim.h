@@ -51,12 +51,15 @@ class Launch {  // null stream; announces the tensors, so that CUEMU_STRICT=1 kn
   void add(const OptTensor& t) {
     if (t) add(*t);
   }
+  void add(const std::vector<Tensor>& list) {
+    for (const Tensor& t : list) add(t);
+  }
   std::vector<const void*> known_;
 };
 #else
 class Launch {
  public:
-  template <class... Tensors>  // Tensor or OptTensor
+  template <class... Tensors>  // Tensor, OptTensor, lists of tensors
   explicit Launch(const Tensor& first, const Tensors&...) : guard_(first.get_device_index()) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(first.get_device_index(), &stream_));
   }
