@@ -133,7 +133,7 @@ def expected(section, param, norm=None, grad_scale=1.0):
     x, y = section.numbers, {}
     g, c = correction(section, param, grad_scale)
     if "step" in param:
-        y["step"] = param["step"].double() + 1
+        y["step"] = param["step"].double() + (section.rule != "given")
     if "corrected" in section and x.clip != float("inf"):
         c = c / max(1.0, (c.norm().item() if norm is None else norm) / x.clip)
     p = value(section, param)

@@ -45,9 +45,11 @@ else()
   configure_file(${CUEMU_DIR}/cuemu.py ${emulated}/cuemu.py COPYONLY)
   file(GLOB sources CONFIGURE_DEPENDS ${CUEMU_DIR}/*.cpp ${CUEMU_DIR}/*.h ${CUEMU_DIR}/build.sh)
   set(cudart ${emulated}/libcudart.so.13)
-  add_custom_command(OUTPUT ${cudart} DEPENDS ${sources}
+  add_custom_command(OUTPUT ${cudart} DEPENDS ${sources} ${root}/third_party/prepare_cuemu.cmake
+    COMMAND ${CMAKE_COMMAND} -DFROM=${CUEMU_DIR} -DTO=${emulated}/cuemu
+            -P ${root}/third_party/prepare_cuemu.cmake
     COMMAND ${CMAKE_COMMAND} -E env CUDA_HOME=${CUDAToolkit_TARGET_DIR}
-            sh ${CUEMU_DIR}/build.sh ${emulated})
+            sh ${emulated}/cuemu/build.sh ${emulated})
   add_custom_target(cuemu DEPENDS ${cudart})
   add_custom_target(emulated)
   foreach(arch IN LISTS DELTAFUSE_CUDA_ARCHS)

@@ -39,7 +39,7 @@ void quantize(const T* from, int64_t at, int64_t n, const MarsArray& a) {
     float most = 0;
     for (int64_t i = begin; i < end; ++i) {
       const float x = float(from[i] < 0 ? -from[i] : from[i]);
-      most = x <= most ? most : x;  // NaN stays
+      most = x > most || x != x ? x : most;  // NaN stays
     }
     a.absmax[(at + begin) / kMarsQuantum] = most;
     const float inverse = most > 0 ? 1 / most : 0;

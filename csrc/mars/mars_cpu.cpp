@@ -67,11 +67,12 @@ void reduce(const std::vector<Item>& items, Wanted wanted, Part part, std::vecto
   for (size_t i = 0; i < items.size(); ++i) sums[items[i].tensor] += parts[i];
 }
 
-void square_norms(const Work& work, const std::vector<Item>& items, std::vector<double>& sums) {
+template <class Wanted>
+void square_norms(const Work& work, const std::vector<Item>& items, Wanted wanted,
+                  std::vector<double>& sums) {
   const auto kernel = DF_CPU(mars_norm);
   reduce(
-      items,
-      [&](size_t i) { return work.section(i).corrected && std::isfinite(work.section(i).clip); },
+      items, wanted,
       [&](const Item& item, double* sum) {
         kernel(work.call.tensors[item.tensor], work.scalars[item.tensor], item.begin, item.end,
                sum);
@@ -81,10 +82,13 @@ void square_norms(const Work& work, const std::vector<Item>& items, std::vector<
 
 void set_clips(Work& work, const std::vector<Item>& items, size_t begin, size_t end,
                const OptTensor& norms) {
+  const auto clipped = [&](size_t i) {
+    return work.section(i).corrected && std::isfinite(work.section(i).clip);
+  };
   std::vector<double> sums(work.call.tensors.size());
-  if (!norms) square_norms(work, items, sums);
+  if (!norms) square_norms(work, items, clipped, sums);
   for (size_t i = begin; i < end; ++i)
-    if (work.section(i).corrected && std::isfinite(work.section(i).clip))
+    if (clipped(i))
       work.scalars[i].clip = mars_clip(norms ? value_of(*norms, int64_t(i)) : std::sqrt(sums[i]),
                                        work.section(i).clip);
 }
@@ -177,7 +181,7 @@ static Tensor squares(Tensors grads, Tensors last_grads, Tensors absmaxes,
     work.scalars.push_back(
         scalars_of(work.call.sections[t.section], t.section, 1, schedule, scale));
   std::vector<double> sums(grads.size());
-  square_norms(work, chunks(work, 0, grads.size()), sums);
+  square_norms(work, chunks(work, 0, grads.size()), [](size_t) { return true; }, sums);
   Tensor out = empty(grads[0], {int64_t(sums.size())}, ScalarType::Double);
   std::copy(sums.begin(), sums.end(), static_cast<double*>(out.mutable_data_ptr()));
   return out;

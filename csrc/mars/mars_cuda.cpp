@@ -70,13 +70,13 @@ void order_items(Plan& plan, bool update) {
 
 Plan make_plan(const MarsCall& call, bool wide, bool update, bool own_norms) {
   Plan plan;
-  size_t counted = 0;
-  for (const MarsTensor& t : call.tensors) {
+  for (size_t i = 0; i < call.tensors.size(); ++i) {
+    const MarsTensor& t = call.tensors[i];
     const MarsSection& x = call.sections[t.section];
     MarsEntry e{};
     e.tensor = t;
-    if (update && x.rule != MarsRule::given)
-      e.step = static_cast<float*>(call.steps[counted++].data_ptr());
+    if (update && call.steps[i]) e.step = static_cast<float*>(call.steps[i]->data_ptr());
+    e.counts_steps = counts_steps(x);
     e.chunks = int32_t((t.n + kMarsChunk - 1) / kMarsChunk);
     e.norm = !update || (own_norms && x.corrected && std::isfinite(x.clip));
     e.count = update && x.caution == MarsCaution::mean && x.rule != MarsRule::given;

@@ -106,8 +106,8 @@ template <class T>
 __device__ inline void mars_constants(const MarsLaunch& p, MarsItem<T>& s) {
   const MarsSection& x = s.section;
   const double* scheduled = p.schedule ? p.schedule + 3 * s.entry.tensor.section : nullptr;
-  double step = 0;
-  if (s.entry.step) step = *s.entry.step + 1.0 < kMarsMaxStep ? *s.entry.step + 1.0 : kMarsMaxStep;
+  double step = s.entry.step ? *s.entry.step : 0;
+  if (s.entry.counts_steps) step = step + 1 < kMarsMaxStep ? step + 1 : kMarsMaxStep;
   const MarsScalars y =
       mars_scalars(x, scheduled ? scheduled[0] : x.lr, scheduled ? scheduled[1] : x.weight_decay,
                    scheduled ? scheduled[2] : x.gamma, step, mars_number(p.grad_scale, 1));
@@ -458,7 +458,7 @@ __device__ inline void mars_advance(const MarsParameters& p, MarsItem<T>& s) {
   if (!s.last) return;
   mars_with_entries(p, [&](const MarsEntry* entries) {
     for (int i = threadIdx.x; i < p.launch.tensors; i += kMarsThreads)
-      if (float* step = entries[i].step)
+      if (float* step = entries[i].step; entries[i].counts_steps)
         *step = *step + 1 < float(kMarsMaxStep) ? *step + 1 : float(kMarsMaxStep);
   });
 }

@@ -8,12 +8,13 @@ namespace df {
 // is norm(tensor j), count(tensor j - 1), update(tensor j - lag), each absent where not needed.
 struct MarsEntry {
   MarsTensor tensor;
-  float* step;    // null: `given`, which counts none
+  float* step;    // null: nothing depends on it
   int32_t first;  // item that group j starts with; the table ends with `lag` empty entries
   int32_t part;   // its first partial sum
   int32_t chunks;
   bool norm, count;  // has items that give partial sums, that count agreeing elements
-  bool vectors;      // all arrays are aligned for 4 elements (2 in float64) at once
+  bool counts_steps;
+  bool vectors;  // all arrays are aligned for 4 elements (2 in float64) at once
 };
 
 struct MarsInput {  // one number in device memory; no data: a default
