@@ -19,15 +19,15 @@ from deltafuse.bench import environment
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "convergence"
 PICTURE = ROOT / "docs" / "ops" / "mars_convergence.png"
-RATES = {"mars": ("3e-3", "6e-3", "1.2e-2"), "adamw": ("1.5e-3", "3e-3", "6e-3", "1.2e-2")}
-OPTIMIZERS = {
-    ("mars", "0.9"): RATES["mars"],
-    ("mars", "0.95"): (*RATES["mars"], "2.4e-2"),
-    ("adamw", "0.9"): RATES["adamw"],
+OPTIMIZERS = {  # and beta1: learning rates
+    ("mars-m", "0.95"): ("3e-3", "6e-3", "1.2e-2"),
+    ("mars", "0.9"): ("3e-3", "6e-3", "1.2e-2"),
+    ("mars", "0.95"): ("3e-3", "6e-3", "1.2e-2", "2.4e-2"),
+    ("adamw", "0.9"): ("1.5e-3", "3e-3", "6e-3", "1.2e-2"),
     ("adamw", "0.95"): ("3e-3",),
 }
 SEEDS = (0, 1, 2)
-COLORS = {"mars": "#d94801", "adamw": "#2171b5"}
+COLORS = {"mars-m": "#238b45", "mars": "#d94801", "adamw": "#2171b5"}
 
 
 def folder(optimizer, beta1, rate, seed):
@@ -83,7 +83,7 @@ def draw(rows):
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     for (optimizer, beta1), rates in final_losses(rows).items():
-        style = "o-" if beta1 == 0.9 else "s--"
+        style = "s--" if beta1 == 0.95 and optimizer != "mars-m" else "o-"
         means = [sum(losses) / len(losses) for losses in rates.values()]
         label = f"{optimizer}, beta1 = {beta1:g}"
         axes.plot(list(rates), means, style, color=COLORS[optimizer], label=label)

@@ -34,6 +34,11 @@ KERNELS = [
     Kernel(r"decode_kernel.*Lb1ELi\d+ELi[48]E", 9, 128, ("LDG.E.128", "STG.E.128", "LDS.128")),
     Kernel(r"decode_kernel.*Lb0ELi\d+ELi[48]E", 9, 168, ("LDG.E.128", "STG.E.128", "LDS.128")),
     Kernel(r"decode_kernel.*ELi256ELi1E", 6, 128, ("LDG.E", "STG.E")),
+    # two CTAs of 256 threads an SM; float64 has one
+    Kernel(r"mars_kernelIf", 1, 128, ("LDG.E.128", "STG.E.128")),
+    Kernel(r"mars_kernelId", 1, 255, ("LDG.E.128", "STG.E.128")),
+    Kernel(r"mars_squares_kernel", 2, 128, ("LDG.E.128",)),
+    Kernel(r"mars_upload_kernel", 1, 128, ("STG.E",)),
 ]
 FORBIDDEN = ("LDL", "STL")
 

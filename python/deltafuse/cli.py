@@ -58,7 +58,7 @@ def _add_train(commands):
                    "(default: %(default)s)")  # fmt: skip
     p.add_argument("--resume", action="store_true", help="continue the run in --out")
     p.add_argument("--preset", choices=PRESETS, help="size of the model (default: tiny)")
-    p.add_argument("--optimizer", choices=("mars", "adamw"), help="default: mars")
+    p.add_argument("--optimizer", choices=("mars", "mars-m", "adamw"), help="default: mars")
     p.add_argument("--steps", type=positive, metavar="N")
     p.add_argument("--batch", type=positive, metavar="N", help="sequences a step")
     p.add_argument("--context", type=positive, metavar="N", help="bytes a sequence")

@@ -21,13 +21,14 @@ VALIDATION_WINDOWS = 128
 
 
 def make_optimizer(settings, model):
-    """MARS-AdamW or AdamW; matrices decay, the others do not."""
+    """MARS-AdamW, MARS-M or AdamW; matrices decay, the others do not."""
     from ..optim import MARS, split_decay_groups
 
     groups = split_decay_groups(model, settings.weight_decay)
     options = dict(lr=settings.lr, betas=(settings.beta1, 0.99))
-    if settings.optimizer == "mars":
-        return MARS(groups, lr_1d=settings.lr, **options)
+    if settings.optimizer != "adamw":
+        kind = "mars-m" if settings.optimizer == "mars-m" else "mars-adamw"
+        return MARS(groups, lr_1d=settings.lr, mars_type=kind, **options)
     return torch.optim.AdamW(groups, fused=True, **options)
 
 
