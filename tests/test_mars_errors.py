@@ -80,6 +80,8 @@ def test_bad_parameters():
             MARS(bad)
     with pytest.raises(TypeError, match="Tensors"):
         MARS([1.0])
+    with pytest.raises(ValueError, match="use_orig_params=True"):
+        MARS([type("FlatParameter", (torch.nn.Parameter,), {})(torch.ones(6))])
     half = torch.nn.Parameter(torch.ones(2, 3, dtype=torch.float16))
     with pytest.raises(ValueError, match=r"params\[0\] is float16.*bfloat16"):
         MARS([half], master="split16")

@@ -122,6 +122,11 @@ def check_params(group):
             raise NotImplementedError(f"MARS: {name} is complex32")
         if is_sharded(p):
             check_placements(name, p)
+        if type(p).__name__ == "FlatParameter":
+            raise ValueError(
+                f"MARS: {name} is a FlatParameter of FullyShardedDataParallel, which has lost the"
+                " shapes of its tensors; pass use_orig_params=True, or use fully_shard"
+            )
         if group["mars_type"] in ("mars-shampoo", "mars-m") and takes_mars_path(group, p):
             _check_matrix(group, p, name)
         if group["master"] == "split16" and p.dtype == torch.float16:
