@@ -8,8 +8,6 @@ from .paths import constants_of, is_corrected, kind_of, rounding_of
 from .sections import LISTS, Section, squares
 
 FILLED = (*LISTS, "absmaxes", "state_steps")  # what MARS._init_group fills, in its order
-
-
 _ORDINARY = (torch.nn.Parameter, torch.Tensor)
 
 
