@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from deltafuse import MARS, _library
+from deltafuse.bench.mars import parameter_sizes
 from deltafuse.optim import MARS_M, MARSAdamW, MARSLion, MARSShampoo, matrix
 from test_mars import LIMIT, LR, assert_close, assert_same, gradients, parameters, train
 
@@ -48,6 +49,32 @@ def test_step_equals_float64_oracle(kind, options):
             optimizer.update_previous_grad()
             optimizer.update_last_grad()
     assert_close(params, exact, torch.float64)
+
+
+@pytest.mark.parametrize("kind", ELEMENTWISE + MATRIX)
+def test_list_of_a_gpt_in_mixed_groups(kind, threads):
+    """The 148 tensors of GPT-2 small, narrow, in groups of other options; and one large matrix."""
+    threads(2)
+    narrow = {"layers": 12, "width": 16, "vocabulary": 67, "context": 33}
+    shapes = [*parameter_sizes(narrow), (2048, 4097)]
+    results = []
+    for backend in ("native", "reference"):
+        params = parameters(torch.float64, shapes)
+        groups = [
+            {"params": params[::3], "weight_decay": 0.1, "clip": 0.2},
+            {"params": params[1::3], "lr": 3e-3, "clip": None, "gamma": 0.05},
+            {"params": params[2::3], "maximize": True, "optimize_1d": True},
+        ]
+        optimizer = MARS(groups, lr=LR, mars_type=kind, **exact_matrices(kind))
+        params[-1].requires_grad_(kind in ELEMENTWISE)  # its products would take a minute
+        with _library.use(backend):
+            for step in range(2):
+                for p, g in zip(params, gradients(params, step), strict=True):
+                    p.grad = g if p.requires_grad else None
+                optimizer.step()
+        results.append(params)
+    assert len(shapes) == 149
+    assert_close(*results, torch.float64)
 
 
 @pytest.mark.parametrize("kind", ELEMENTWISE)
