@@ -197,6 +197,17 @@ def test_a_checkpoint_changes_its_format():
     assert torch.equal(back.state[params[0]]["exp_avg"], m)
 
 
+@pytest.mark.parametrize("options", [{"state_bits": 8}, {"state_dtype": torch.bfloat16}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64], ids=str)
+def test_wide_parameters_keep_wide_state(dtype, options):
+    p = torch.nn.Parameter(torch.randn(80, 60).to(dtype))
+    optimizer = MARS([p], **options)
+    p.grad = torch.randn(80, 60).to(dtype)
+    optimizer.step()
+    state = optimizer.state[p]
+    assert state["exp_avg"].dtype == state["last_grad"].dtype == dtype
+
+
 def bytes_of_state(**options):
     p = torch.nn.Parameter(torch.zeros(512, 512, dtype=torch.bfloat16))
     optimizer = MARS([p], **options)

@@ -111,13 +111,14 @@ def _encoded(sections):
 
 
 def by_device(sections):
-    """(sections, places of their tensors) of each device; one device keeps the sections."""
+    """(sections, places of their tensors) of each device; places are None if there is only one."""
+    sections = [section for section in sections if section.params]
     devices = {p.device: None for section in sections for p in section.params}
     if len(devices) <= 1:
         return [(sections, None)] if devices else []
     found = []
     for device in devices:
-        parts, places, before = [], [], 0
+        parts, places, before = [], [], 0  # places count the tensors of all sections
         for section in sections:
             keep = [i for i, p in enumerate(section.params) if p.device == device]
             parts.append(section.only(keep))
@@ -137,7 +138,7 @@ def run(sections, *, norms=None, grad_scale=None, found_inf=None, seed=0, loop=F
         scalars = norms, grad_scale, found_inf
         if places is not None:
             scalars = tuple(_on(x, parts[0].device) for x in (_at(norms, places), *scalars[1:]))
-        _run([part for part in parts if part.params], *scalars, seed, loop)
+        _run(parts, *scalars, seed, loop)
 
 
 def _at(norms, places):
@@ -168,10 +169,7 @@ def _run(sections, norms, grad_scale, found_inf, seed, loop):
 def squares(sections, grad_scale=None):
     """||c||^2 of the tensors of corrected sections, float64 [n], on the first one's device."""
     found = [
-        (
-            _squares([part for part in parts if part.params], _on(grad_scale, parts[0].device)),
-            places,
-        )
+        (_squares(parts, _on(grad_scale, parts[0].device)), places)
         for parts, places in by_device(sections)
     ]
     if len(found) == 1:

@@ -32,13 +32,14 @@ def absmax_key(name):
 
 
 def is_8_bit(group, p):
-    return group["state_bits"] == 8 and p.numel() >= SMALLEST_8_BIT and not p.is_complex()
+    narrow = p.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return group["state_bits"] == 8 and p.numel() >= SMALLEST_8_BIT and narrow
 
 
 def moment_dtype(group, p):
     """Of exp_avg and exp_avg_sq, where they are not in 8 bits."""
-    dtype = group["state_dtype"]
-    return state_dtype(p) if dtype is None or p.dtype == torch.float64 else dtype
+    narrow = p.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return group["state_dtype"] or torch.float32 if narrow else state_dtype(p)
 
 
 def last_grad_dtype(group, p):
