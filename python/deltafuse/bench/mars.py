@@ -33,17 +33,17 @@ def parameters(shape, device):
     return params
 
 
-def compare(device):
-    """Three steps of ours and of the oracle on a small list with all kinds of tensors."""
-    ours, oracle = (parameters(CHECK, device) for _ in range(2))
+def updates(make, limit, **options):
+    """Three steps of ours and of the oracle on a small list: pairs of updates to compare."""
+    ours, oracle = make(), make()
     start = [p.detach().clone() for p in ours]
     for params, backend in ((ours, "native"), (oracle, "reference")):
-        optimizer = MARS(params, lr=1e-3, weight_decay=0.1)
+        optimizer = MARS(params, lr=1e-3, weight_decay=0.1, **options)
         with _library.use(backend):
             for _ in range(3):
                 optimizer.step()
     return [
-        (f"update of parameter {i}", (a - p).detach(), (b - p).detach(), 1e-4)
+        (f"update of parameter {i}", (a - p).detach(), (b - p).detach(), limit)
         for i, (a, b, p) in enumerate(zip(ours, oracle, start, strict=True))
     ]
 
@@ -67,7 +67,7 @@ def mars_case(shape, device):
         ours=ours.step,
         reference=reference,
         baselines=baselines,
-        check=lambda: compare(device),
+        check=lambda: updates(lambda: parameters(CHECK, device), 1e-4),
     )
 
 
@@ -75,21 +75,13 @@ def matrices(shape, device):
     return [p for p in parameters(shape, device) if p.ndim == 2]
 
 
-def compare_matrices(device):
-    """A step of ours and of the oracle in float64, where Newton-Schulz adds no rounding."""
-    ours, oracle = (
-        [torch.nn.Parameter(p.detach().double()) for p in matrices(CHECK, device)] for _ in range(2)
-    )
-    start = [p.detach().clone() for p in ours]
-    for params, backend in ((ours, "native"), (oracle, "reference")):
-        for p, like in zip(params, matrices(CHECK, device), strict=True):
-            p.grad = like.grad.double()
-        with _library.use(backend):
-            MARS(params, mars_type="mars-m", ns_dtype=torch.float64).step()
-    return [
-        (f"update of parameter {i}", (a - p).detach(), (b - p).detach(), 1e-9)
-        for i, (a, b, p) in enumerate(zip(ours, oracle, start, strict=True))
-    ]
+def exact_matrices(device):
+    """float64, where Newton-Schulz adds no rounding to compare."""
+    found = []
+    for p in matrices(CHECK, device):
+        found.append(torch.nn.Parameter(p.detach().double()))
+        found[-1].grad = p.grad.double()
+    return found
 
 
 def mars_m_case(shape, device):
@@ -106,7 +98,9 @@ def mars_m_case(shape, device):
         ours=ours.step,
         reference=reference,
         baselines={"torch Muon": muon.step},
-        check=lambda: compare_matrices(device),
+        check=lambda: updates(
+            lambda: exact_matrices(device), 1e-9, mars_type="mars-m", ns_dtype=torch.float64
+        ),
     )
 
 
