@@ -106,7 +106,9 @@ def main():
     rows = collect()
     path = ROOT / "bench" / "results" / "convergence" / f"{environment.file_name('cpu')}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(environment.describe("cpu") | {"runs": rows}, indent=1) + "\n")
+    where = environment.describe("cpu")  # runs may be older than the commit that collects them
+    record = {name: where[name] for name in ("device", "isa", "versions", "date")} | {"runs": rows}
+    path.write_text(json.dumps(record, indent=1) + "\n")
     draw(rows)
     for (optimizer, beta1), rates in final_losses(rows).items():
         for rate, losses in rates.items():

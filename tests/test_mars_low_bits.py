@@ -182,6 +182,19 @@ def test_resuming_equals_going_on(kind, options):
     assert_same(everything(params, optimizer), everything(twins, resumed))
 
 
+def test_a_resumed_run_keeps_its_random_bits():
+    """Without a given seed, too: that of the run that was saved, not of the new process."""
+    params = parameters(torch.bfloat16, [(37, 53)])
+    optimizer = MARS(params, rounding="stochastic")
+    train(params, optimizer, 1)
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    torch.manual_seed(torch.initial_seed() + 1)
+    resumed = MARS(twins, rounding="stochastic")
+    resumed.load_state_dict(optimizer.state_dict())
+    train(params, optimizer, 2, first=1), train(twins, resumed, 2, first=1)
+    assert_same(everything(params, optimizer), everything(twins, resumed))
+
+
 def test_a_checkpoint_changes_its_format():
     params = parameters(torch.float32, [(300, 40)])
     wide = MARS(params)

@@ -186,9 +186,9 @@ def test_huge_gradients_are_clipped_to_norm_one():
     assert abs(state["exp_avg"].double().norm() - 1) < 1e-5
 
 
-def bad_gradient(mode):
+def bad_gradient(mode, **options):
     params = parameters(shapes=SHAPES)
-    optimizer = MARS(params, nonfinite=mode)
+    optimizer = MARS(params, nonfinite=mode, **options)
     train(params, optimizer, 1)
     before = [everything([p], optimizer) for p in params]
     for p, g in zip(params, gradients(params, 1), strict=True):
@@ -203,8 +203,9 @@ def test_nan_stays_in_its_tensor():
     assert params[0].isnan().all() and all(p.isfinite().all() for p in params[1:])
 
 
-def test_nan_skips_its_tensor():
-    params, optimizer, before = bad_gradient("skip_tensor")
+@pytest.mark.parametrize("mode", ["copy", "steal"])
+def test_nan_skips_its_tensor(mode):
+    params, optimizer, before = bad_gradient("skip_tensor", last_grad_mode=mode)
     optimizer.step()
     assert_same(everything(params[:1], optimizer), before[0])
     assert all(optimizer.state[p]["step"] == 2 and p.isfinite().all() for p in params[1:])
@@ -312,6 +313,16 @@ def test_operators_are_well_formed():
     opcheck = torch.library.opcheck
     opcheck(torch.ops.deltafuse.mars_, (*lists, *encoded, None, None, None, None, 0))
     opcheck(torch.ops.deltafuse.mars_squares, (g, h, [], *encoded, None, None))
+
+
+def test_stolen_gradients_with_inf_are_not_kept():
+    params = parameters(shapes=SHAPES)
+    optimizer = MARS(params, last_grad_mode="steal")
+    train(params, optimizer, 1)
+    before = everything(params, optimizer)
+    optimizer.found_inf = torch.ones(())
+    train(params, optimizer, 1, scale=float("inf"))
+    assert_same(everything(params, optimizer), before)
 
 
 def test_sections_are_cut_by_device():

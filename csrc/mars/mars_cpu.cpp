@@ -68,6 +68,13 @@ void reduce(const std::vector<Item>& items, Wanted wanted, Part part, std::vecto
 }
 
 template <class Wanted>
+bool any_tensor(size_t begin, size_t end, Wanted wanted) {
+  for (size_t i = begin; i < end; ++i)
+    if (wanted(i)) return true;
+  return false;
+}
+
+template <class Wanted>
 void square_norms(const Work& work, const std::vector<Item>& items, Wanted wanted,
                   std::vector<double>& sums) {
   const auto kernel = DF_CPU(mars_norm);
@@ -86,7 +93,7 @@ void set_clips(Work& work, const std::vector<Item>& items, size_t begin, size_t 
     return work.section(i).corrected && std::isfinite(work.section(i).clip);
   };
   std::vector<double> sums(work.call.tensors.size());
-  if (!norms) square_norms(work, items, clipped, sums);
+  if (!norms && any_tensor(begin, end, clipped)) square_norms(work, items, clipped, sums);
   for (size_t i = begin; i < end; ++i)
     if (clipped(i))
       work.scalars[i].clip = mars_clip(norms ? value_of(*norms, int64_t(i)) : std::sqrt(sums[i]),
@@ -95,6 +102,7 @@ void set_clips(Work& work, const std::vector<Item>& items, size_t begin, size_t 
 
 void set_caution(Work& work, const std::vector<Item>& items, size_t begin, size_t end) {
   const auto mean = [&](size_t i) { return work.section(i).caution == MarsCaution::mean; };
+  if (!any_tensor(begin, end, mean)) return;
   std::vector<double> counts(work.call.tensors.size());
   const auto kernel = DF_CPU(mars_agreement);
   reduce(

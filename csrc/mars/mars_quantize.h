@@ -29,7 +29,7 @@ DF_HOST_DEVICE constexpr uint32_t mars_encode(float x) {
     levels = larger ? levels * 2 : levels;
   }
   float place = (scaled - 0.1f) * (levels / 0.9f) + 0.5f;
-  place = place < 0 ? 0 : place > levels ? levels : place;
+  place = place >= 0 ? (place > levels ? levels : place) : 0;  // 0 for NaN, which absmax keeps
   uint32_t k = uint32_t(levels) - 1 + uint32_t(place);
   if (!is_signed && k == 0 && x > 0) k = 1;
   return is_signed && x < 0 ? k | 128 : k;

@@ -48,6 +48,16 @@ def updates(make, limit, **options):
     ]
 
 
+def by_reference(optimizer):
+    """Its step in plain PyTorch."""
+
+    def step():
+        with _library.use("reference"):
+            optimizer.step()
+
+    return step
+
+
 def mars_case(shape, device):
     params = parameters(shape, device)
     options = dict(lr=1e-4, weight_decay=0.1)
@@ -59,13 +69,9 @@ def mars_case(shape, device):
     # one list of parameters for all: memory; each optimizer has its own state
     ours, oracle = MARS(params, **options), MARS(params, **options)
 
-    def reference():
-        with _library.use("reference"):
-            oracle.step()
-
     return Case(
         ours=ours.step,
-        reference=reference,
+        reference=by_reference(oracle),
         baselines=baselines,
         check=lambda: updates(lambda: parameters(CHECK, device), 1e-4),
     )
@@ -90,13 +96,9 @@ def mars_m_case(shape, device):
     muon = torch.optim.Muon(params, adjust_lr_fn="match_rms_adamw", **options)
     ours, oracle = (MARS(params, mars_type="mars-m", **options) for _ in range(2))
 
-    def reference():
-        with _library.use("reference"):
-            oracle.step()
-
     return Case(
         ours=ours.step,
-        reference=reference,
+        reference=by_reference(oracle),
         baselines={"torch Muon": muon.step},
         check=lambda: updates(
             lambda: exact_matrices(device), 1e-9, mars_type="mars-m", ns_dtype=torch.float64

@@ -285,7 +285,7 @@ class MARS(Optimizer):
         grad_scale = getattr(self, "grad_scale", None)
         options = dict(
             found_inf=found_inf,
-            seed=self.defaults["seed"],
+            seed=self.param_groups[0]["seed"],
             loop=any(uses_loop(group) for group in self.param_groups),
         )
         norms = norms_of(steps, grad_scale)
@@ -297,8 +297,10 @@ class MARS(Optimizer):
 
     def _must_skip(self, found_inf):
         """Whether nothing at all may happen; looks at values only for the options that need it."""
-        if found_inf is not None and any(g["first_step"] == "grad" for g in self.param_groups):
-            return found_inf.item() != 0  # else a first gradient with inf would be stored
+        if found_inf is not None and any(
+            g["first_step"] == "grad" or g["last_grad_mode"] == "steal" for g in self.param_groups
+        ):
+            return found_inf.item() != 0  # else a gradient with inf would be stored
         for group in self.param_groups:
             if group["nonfinite"] not in ("skip_step", "error"):
                 continue
@@ -318,6 +320,8 @@ class MARS(Optimizer):
                 continue
             for p in group["params"]:
                 if p.grad is not None and "last_grad" in self.state[p]:
+                    if group["nonfinite"] == "skip_tensor" and not is_finite(sharded.local(p.grad)):
+                        continue
                     buffer = owned(p.grad)
                     if scale is not None:
                         buffer.div_(scale)

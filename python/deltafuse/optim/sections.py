@@ -92,12 +92,12 @@ class Section:
 def schedule_of(sections):
     """[sections, 3] float64 of lr, weight_decay, gamma if any is a tensor, else None."""
     rates = [x for section in sections for x in section.rates()]
-    device = next((x.device for x in rates if isinstance(x, torch.Tensor)), None)
-    if device is None:
+    if not any(isinstance(x, torch.Tensor) for x in rates):
         return None
+    device = sections[0].device
     # torch.full, unlike torch.tensor, is traced by torch.compile
     tensors = [
-        x.double().reshape(())
+        _on(x.double().reshape(()), device)
         if isinstance(x, torch.Tensor)
         else torch.full((), x, dtype=torch.float64, device=device)
         for x in rates
@@ -129,7 +129,9 @@ def by_device(sections):
 
 
 def _on(x, device):
-    return x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x
+    if not isinstance(x, torch.Tensor) or x.device == device:
+        return x
+    return x.to(device, non_blocking=device.type != "cpu")  # the host has to wait for its values
 
 
 def run(sections, *, norms=None, grad_scale=None, found_inf=None, seed=0, loop=False):
@@ -142,7 +144,7 @@ def run(sections, *, norms=None, grad_scale=None, found_inf=None, seed=0, loop=F
 
 
 def _at(norms, places):
-    return None if norms is None else norms[torch.tensor(places, device=norms.device)]
+    return None if norms is None else torch.stack([norms[i] for i in places])
 
 
 def _run(sections, norms, grad_scale, found_inf, seed, loop):
@@ -174,10 +176,10 @@ def squares(sections, grad_scale=None):
     ]
     if len(found) == 1:
         return found[0][0]
-    total = found[0][0].new_zeros(sum(len(places) for _, places in found))
+    single = {}
     for part, places in found:
-        total[torch.tensor(places, device=total.device)] = part.to(total.device)
-    return total
+        single.update(zip(places, _on(part, found[0][0].device).unbind(), strict=True))
+    return torch.stack([single[i] for i in range(len(single))])
 
 
 def _squares(sections, grad_scale):

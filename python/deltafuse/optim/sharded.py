@@ -37,13 +37,14 @@ def add_shards(squares, tensors):
     for i, t in enumerate(tensors):
         if is_sharded(t) and _groups(t):
             kinds.setdefault(_groups(t), []).append(i)
+    single = list(squares.unbind())
     for groups, indices in kinds.items():
-        index = torch.tensor(indices, device=squares.device)
-        part = squares[index]
+        part = torch.stack([single[i] for i in indices])
         for group in groups:
             torch.distributed.all_reduce(part, group=group)
-        squares = squares.index_copy(0, index, part)
-    return squares
+        for i, total in zip(indices, part.unbind(), strict=True):
+            single[i] = total
+    return torch.stack(single)
 
 
 def gathered(shard, like):
