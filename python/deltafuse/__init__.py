@@ -1,6 +1,7 @@
 """deltafuse: fused CPU and CUDA kernels for linear-attention language models."""
 
-from . import _library, gated_delta, optim
+from . import _library, ddl, gated_delta, optim
+from .ddl import delta_rewrite
 from .gated_delta import (
     GatedDeltaNet,
     chunk_gated_delta_rule,
@@ -18,6 +19,8 @@ __all__ = [
     "backend_info",
     "build_info",
     "chunk_gated_delta_rule",
+    "ddl",
+    "delta_rewrite",
     "fused_recurrent_gated_delta_rule",
     "gated_delta",
     "has_cuda",

@@ -1,0 +1,25 @@
+"""Deep Delta Learning: the rank-1 residual operator and what surrounds it."""
+
+from .ops import (
+    cc_weight,
+    ddl_compress,
+    ddl_compress_cc,
+    delta_residual,
+    delta_rewrite,
+    delta_rewrite_,
+    delta_rewrite_logits,
+)
+from .ops_boundary import ddl_boundary, ddl_head, ddl_tail
+
+__all__ = [
+    "cc_weight",
+    "ddl_boundary",
+    "ddl_compress",
+    "ddl_compress_cc",
+    "ddl_head",
+    "ddl_tail",
+    "delta_residual",
+    "delta_rewrite",
+    "delta_rewrite_",
+    "delta_rewrite_logits",
+]
