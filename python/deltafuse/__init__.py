@@ -1,6 +1,6 @@
 """deltafuse: fused CPU and CUDA kernels for linear-attention language models."""
 
-from . import _library, gated_delta, optim
+from . import _library, ddl, gated_delta, optim
 from .gated_delta import (
     GatedDeltaNet,
     chunk_gated_delta_rule,
@@ -18,6 +18,7 @@ __all__ = [
     "backend_info",
     "build_info",
     "chunk_gated_delta_rule",
+    "ddl",
     "fused_recurrent_gated_delta_rule",
     "gated_delta",
     "has_cuda",
