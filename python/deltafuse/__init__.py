@@ -1,7 +1,7 @@
 """deltafuse: fused CPU and CUDA kernels for linear-attention language models."""
 
 from . import _library, ddl, gated_delta, optim
-from .ddl import delta_rewrite
+from .ddl import DDLWrapper, delta_rewrite
 from .gated_delta import (
     GatedDeltaNet,
     chunk_gated_delta_rule,
@@ -14,6 +14,7 @@ build_info = _library.build_info
 has_cuda = _library.has_cuda
 __version__ = "0.1.0"
 __all__ = [
+    "DDLWrapper",
     "GatedDeltaNet",
     "MARS",
     "backend_info",
