@@ -1,5 +1,6 @@
 """Bad input of the command: one line on stderr, exit code 2, nothing overwritten."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -14,6 +15,7 @@ from deltafuse.cli import PRESETS, main
 from deltafuse.models import PRESETS as MODEL_PRESETS
 from deltafuse.models import ModelConfig
 from deltafuse.train import commands
+from deltafuse.train.errors import UserError
 from deltafuse.train.run_folder import RunFolder
 
 FLAGS = [
@@ -95,6 +97,9 @@ def snapshot(folder):
         (["--seed", "-3"], ["--seed"]),
         (["--preset", "huge"], ["--preset", "huge"]),
         (["--optimizer", "sgd"], ["--optimizer", "sgd"]),
+        (["--residual", "hyper"], ["--residual", "hyper"]),
+        (["--value-channels", "4"], ["--value-channels must be 1 without --residual ddl"]),
+        (["--residual", "ddl", "--value-channels", "17"], ["--value-channels", "1 .. 16"]),
         (["--colour", "red"], ["--colour"]),
         (["--step", "3"], ["--step"]),
     ],
@@ -158,7 +163,21 @@ def test_resume_with_other_settings_names_the_difference(capsys, run):
     refuse(capsys, [*base, "--steps", "9"], "--steps 9 differs", "which has 4")
     refuse(capsys, [*base, "--optimizer", "adamw"], "--optimizer adamw differs", "mars")
     refuse(capsys, [*base, "--seed", "5"], "--seed 5 differs")
+    refuse(capsys, [*base, "--residual", "ddl"], "--residual ddl differs", "which has plain")
     assert snapshot(run) == before
+
+
+def test_run_from_before_residuals_is_still_read(capsys, run):
+    config = json.loads((run / "config.json").read_text())
+    for part in ("model", "settings"):
+        del config[part]["residual"], config[part]["value_channels"]
+    (run / "config.json").write_text(json.dumps(config))
+    assert main(["generate", str(run), "--tokens", "2", "--device", "cpu"]) == 0
+    assert main(["train", "--out", str(run), "--resume", "--device", "cpu"]) == 0
+    old = types.SimpleNamespace(meta={"model": config["model"]})
+    RunFolder(run).check_same_model(old, SMALL)
+    with pytest.raises(UserError, match="residual is plain"):
+        RunFolder(run).check_same_model(old, dataclasses.replace(SMALL, residual="ddl"))
 
 
 def test_resume_without_a_run(capsys, text, tmp_path):

@@ -171,7 +171,9 @@ def state_sized(function, size):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         kept = function()
     gc.collect()
-    alive = {t.data_ptr() for t in gc.get_objects() if type(t) is torch.Tensor and t.numel() == size}
+    alive = {
+        t.data_ptr() for t in gc.get_objects() if type(t) is torch.Tensor and t.numel() == size
+    }
     del kept
     return len({pointer for pointer, numel in saved if numel == size}), len(alive)
 

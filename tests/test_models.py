@@ -14,10 +14,15 @@ SMALL = ModelConfig(
 )
 
 
-@pytest.fixture
-def model():
+RESIDUALS = {"plain": ("plain", 1), "ddl of 1": ("ddl", 1), "ddl of 4": ("ddl", 4)}
+
+
+@pytest.fixture(params=RESIDUALS)
+def model(request):
+    residual, channels = RESIDUALS[request.param]
     torch.manual_seed(0)
-    return GatedDeltaLM(SMALL).eval()
+    config = dataclasses.replace(SMALL, residual=residual, value_channels=channels)
+    return GatedDeltaLM(config).eval()
 
 
 def tokens_of(length, batch=2):
@@ -38,6 +43,9 @@ def test_config_survives_json():
         ({"num_heads": 2, "num_v_heads": 3}, "num_v_heads .3. must be a multiple of num_heads .2."),
         ({"head_dim": 200}, "must be at most 256"),
         ({"norm_eps": 0.0}, "norm_eps must be > 0"),
+        ({"residual": "hyper"}, "residual must be plain or ddl"),
+        ({"value_channels": 4}, "value_channels must be 1 with residual plain"),
+        ({"residual": "ddl", "value_channels": 17}, "at most 16 with ddl"),
     ],
 )
 def test_config_names_what_is_wrong(changes, message):
@@ -52,6 +60,34 @@ def test_config_refuses_unknown_and_missing_names():
     del values["mlp_size"]
     with pytest.raises(ValueError, match="mlp_size"):
         ModelConfig.from_dict(values)
+
+
+def test_config_from_before_residuals_is_plain():
+    values = dataclasses.asdict(SMALL)
+    del values["residual"], values["value_channels"]
+    assert ModelConfig.from_dict(values) == SMALL
+
+
+def test_ddl_model_runs_on_fused_boundaries(monkeypatch):
+    from deltafuse.ddl import sub_layers
+
+    calls, plain = [], sub_layers.ddl_boundary
+    monkeypatch.setattr(
+        sub_layers, "ddl_boundary", lambda *a, **k: calls.append(1) or plain(*a, **k)
+    )
+    model = GatedDeltaLM(dataclasses.replace(SMALL, residual="ddl", value_channels=2))
+    model(tokens_of(5))
+    assert len(calls) == 2 * SMALL.num_layers
+
+
+def test_ddl_compiles_as_one_graph():
+    torch._dynamo.reset()
+    config = dataclasses.replace(SMALL, num_layers=1, residual="ddl", value_channels=4)
+    model = GatedDeltaLM(config)
+    x = tokens_of(9)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+        assert_close("logits", compiled, model(x), 1e-5)
 
 
 def test_presets_grow():

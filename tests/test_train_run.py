@@ -178,6 +178,36 @@ def test_resume_of_a_finished_run_changes_nothing(text, unbroken):
     assert (unbroken / "metrics.jsonl").read_bytes() == before
 
 
+def test_ddl_run_stops_continues_and_samples(text, tmp_path, monkeypatch, capsys):
+    """Settings, checkpoint and sample of --residual ddl, which has 4 channels by default."""
+    more = ["--residual", "ddl"]
+    assert main(command(text, tmp_path / "whole", *more)) == 0
+    assert "ddl residual of 4 channels" in capsys.readouterr().out
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    for part in ("model", "settings"):
+        assert (config[part]["residual"], config[part]["value_channels"]) == ("ddl", 4)
+    steps = [
+        row["loss"] for row in read_rows(tmp_path / "whole" / "metrics.jsonl") if "loss" in row
+    ]
+    assert steps[-1] < steps[0]
+    plain = Progress.update
+
+    def interrupt(self, step, *values):
+        plain(self, step, *values)
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "update", interrupt)
+        assert main(command(text, tmp_path / "run", *more, "--value-channels", "4")) == 0
+    assert main(["train", "--out", str(tmp_path / "run"), "--resume", "--device", "cpu"]) == 0
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    capsys.readouterr()
+    flags = ["generate", str(tmp_path / "run"), "--tokens", "8", "--prompt", "line"]
+    assert main([*flags, "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.startswith("line")
+
+
 def test_generate_continues_the_prompt(unbroken, capsys):
     flags = ["generate", str(unbroken), "--tokens", "16", "--device", "cpu"]
     assert main([*flags, "--prompt", "line"]) == 0

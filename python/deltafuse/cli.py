@@ -59,6 +59,10 @@ def _add_train(commands):
     p.add_argument("--resume", action="store_true", help="continue the run in --out")
     p.add_argument("--preset", choices=PRESETS, help="size of the model (default: tiny)")
     p.add_argument("--optimizer", choices=("mars", "mars-m", "adamw"), help="default: mars")
+    p.add_argument("--residual", choices=("plain", "ddl"), help="x + f(x), or the rewrite of Deep "
+                   "Delta Learning (default: plain)")  # fmt: skip
+    p.add_argument("--value-channels", type=number(int, 1, 16), metavar="N",
+                   help="of the ddl residual stream (default: 4)")  # fmt: skip
     p.add_argument("--steps", type=positive, metavar="N")
     p.add_argument("--batch", type=positive, metavar="N", help="sequences a step")
     p.add_argument("--context", type=positive, metavar="N", help="bytes a sequence")
@@ -87,7 +91,7 @@ def _add_generate(commands):
 
 
 SETTINGS = ("preset", "optimizer", "steps", "batch", "context", "lr", "beta1", "seed",
-            "eval_every", "checkpoint_every", "compile")  # fmt: skip
+            "eval_every", "checkpoint_every", "compile", "residual", "value_channels")  # fmt: skip
 
 
 def run(args):

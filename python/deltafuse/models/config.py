@@ -3,6 +3,11 @@
 import dataclasses
 import json
 
+RESIDUALS = ("plain", "ddl")
+MAX_CHANNELS = 16
+# names that configurations from before them lack, with what they were
+LATER = {"residual": "plain", "value_channels": 1}
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -17,6 +22,8 @@ class ModelConfig:
         mlp_size: inner channels of the MLP.
         conv_size: width of the causal short convolution.
         norm_eps: added inside the root of each RMSNorm.
+        residual: "plain" (x + f(x)), or "ddl", the rewrite of Deep Delta Learning.
+        value_channels: with "ddl" the residual stream is [hidden_size, value_channels] a token.
 
     Raises:
         ValueError: a size is not a positive whole number, or sizes do not fit together.
@@ -32,6 +39,8 @@ class ModelConfig:
     mlp_size: int = 384
     conv_size: int = 4
     norm_eps: float = 1e-5
+    residual: str = "plain"
+    value_channels: int = 1
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -51,6 +60,14 @@ class ModelConfig:
                 f"({self.head_dim * self.expand_v}) must be at most 256"
             )
 
+        if self.residual not in RESIDUALS:
+            raise ValueError(f"ModelConfig: residual must be plain or ddl: {self.residual!r}")
+        if self.value_channels > (1 if self.residual == "plain" else MAX_CHANNELS):
+            raise ValueError(
+                f"ModelConfig: value_channels must be 1 with residual plain and at most "
+                f"{MAX_CHANNELS} with ddl: {self.value_channels} with {self.residual}"
+            )
+
     def to_json(self):
         return json.dumps(dataclasses.asdict(self), indent=2)
 
@@ -58,6 +75,7 @@ class ModelConfig:
     def from_dict(cls, values):
         """The inverse of `dataclasses.asdict`; ValueError for unknown or missing names."""
         names = {field.name for field in dataclasses.fields(cls)}
+        values = {**LATER, **values} if isinstance(values, dict) else values
         if not isinstance(values, dict) or set(values) != names:
             given = set(values) if isinstance(values, dict) else set()
             wrong = ", ".join(sorted(given ^ names))

@@ -1,9 +1,14 @@
 """A decoder language model whose sequence mixer is the Gated DeltaNet layer."""
 
+import types
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..ddl.nn_compress import InputEmbedExpander, ResidualCompressor
+from ..ddl.nn_stack import DDLBlock, DDLStack
+from ..ddl.nn_wrapper import reset_ddl_parameters
 from ..gated_delta.nn import GatedDeltaNet, GatedDeltaNetCache, GatedRMSNorm
 
 
@@ -20,22 +25,37 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+def make_mixer(config, layer_idx):
+    return GatedDeltaNet(
+        hidden_size=config.hidden_size,
+        expand_v=config.expand_v,
+        head_dim=config.head_dim,
+        num_heads=config.num_heads,
+        num_v_heads=config.num_v_heads,
+        conv_size=config.conv_size,
+        layer_idx=layer_idx,
+        norm_eps=config.norm_eps,
+    )
+
+
+def make_ddl_block(config, layer_idx):
+    """The same two sub-layers, each with the residual of Deep Delta Learning (2601.00417)."""
+    names = types.SimpleNamespace(
+        hidden_size=config.hidden_size,
+        ddl_value_channels=config.value_channels,
+        ddl_norm_eps=config.norm_eps,
+    )
+    mlp = SwiGLU(config.hidden_size, config.mlp_size)
+    return DDLBlock(make_mixer(config, layer_idx), mlp, names)
+
+
 class Block(nn.Module):
     """x + GatedDeltaNet(RMSNorm(x)), then x + SwiGLU(RMSNorm(x))."""
 
     def __init__(self, config, layer_idx):
         super().__init__()
         self.mixer_norm = GatedRMSNorm(config.hidden_size, config.norm_eps)
-        self.mixer = GatedDeltaNet(
-            hidden_size=config.hidden_size,
-            expand_v=config.expand_v,
-            head_dim=config.head_dim,
-            num_heads=config.num_heads,
-            num_v_heads=config.num_v_heads,
-            conv_size=config.conv_size,
-            layer_idx=layer_idx,
-            norm_eps=config.norm_eps,
-        )
+        self.mixer = make_mixer(config, layer_idx)
         self.mlp_norm = GatedRMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.mlp_size)
 
@@ -50,6 +70,10 @@ class Block(nn.Module):
 class GatedDeltaLM(nn.Module):
     """Gated DeltaNet language model (arXiv 2412.06464) with tied input and output embedding.
 
+    With residual "ddl" each sub-layer rewrites the residual state along its output instead of
+    adding to it (Deep Delta Learning, arXiv 2601.00417); the state is [hidden_size,
+    value_channels] a token, its channels start as copies of the embedding.
+
     Args:
         config: a `ModelConfig`.
     """
@@ -58,20 +82,33 @@ class GatedDeltaLM(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
+        self.expand = self.read_out = None
+        if config.residual == "plain":
+            self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
+        else:
+            self.blocks = DDLStack(make_ddl_block(config, i) for i in range(config.num_layers))
+            if config.value_channels > 1:
+                sizes = config.hidden_size, config.value_channels
+                self.expand = InputEmbedExpander(*sizes, mode="repeat")
+                self.read_out = ResidualCompressor(*sizes)
         self.norm = GatedRMSNorm(config.hidden_size, config.norm_eps)
         self._reset_projections()
 
     def _reset_projections(self):
-        """Normal(0, 0.02); what is added to the residual stream shrinks with the depth."""
+        """Normal(0, 0.02); what is added to the residual stream shrinks with the depth.
+
+        DDL starts with the exact mean as read-out and gates of 1 for every input.
+        """
         nn.init.normal_(self.embedding.weight, std=0.02)
         for block in self.blocks:
             for module in block.modules():
                 if isinstance(module, nn.Linear):
                     nn.init.normal_(module.weight, std=module.in_features**-0.5)
-            for last in (block.mixer.o_proj, block.mlp.down_proj):
+            mixer = block.mixer if self.config.residual == "plain" else block.attn
+            for last in (mixer.o_proj, block.mlp.down_proj):
                 with torch.no_grad():
                     last.weight.div_((2 * self.config.num_layers) ** 0.5)
+        reset_ddl_parameters(self, "identity")
 
     def new_cache(self):
         """An empty cache for `forward`; holds each layer's state and last inputs."""
@@ -88,7 +125,13 @@ class GatedDeltaLM(nn.Module):
             logits [B, T, vocab_size] in the parameters' dtype.
         """
         x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x, cache)
+        if self.config.residual == "plain":
+            for block in self.blocks:
+                x = block(x, cache)
+            x = self.norm(x)
+        else:
+            x = x if self.expand is None else self.expand(x)
+            options = {"past_key_values": cache, "use_cache": cache is not None}
+            _, x = self.blocks(x, read_out=self.read_out, norm=self.norm, **options)
         # one matrix product for the whole batch; the head shares the embedding's weight
-        return F.linear(self.norm(x), self.embedding.weight)
+        return F.linear(x, self.embedding.weight)

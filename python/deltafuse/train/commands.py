@@ -65,7 +65,11 @@ def train(given, out, resume, device, compare_reference):
 def _print_head(run):
     corpus, s = run.corpus, run.settings
     size = sum(p.numel() for p in run.model.parameters())
-    print(f"model: {s.preset}, {size / 1e6:.2f} M parameters, {s.optimizer} on {run.device.type}")
+    residual = f"ddl residual of {s.value_channels} channels, " if s.residual == "ddl" else ""
+    print(
+        f"model: {s.preset}, {size / 1e6:.2f} M parameters, {residual}{s.optimizer} "
+        f"on {run.device.type}"
+    )
     print(
         f"data: {corpus.train_files} files, {corpus.train.numel() / 1e6:.2f} MB to train on; "
         f"{corpus.validation_files} files, {corpus.validation.numel() / 1e6:.2f} MB to validate"

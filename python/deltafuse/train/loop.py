@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from .. import __version__
-from ..models import PRESETS, GatedDeltaLM
+from ..models import GatedDeltaLM
 from . import checkpoint
 from .data import Batches, load_corpus, validation_batches
 from .errors import UserError
@@ -171,7 +171,7 @@ def open_run(given, out, resume, device):
     else:
         folder.refuse_existing()
         settings = Settings.from_given(given)
-        model_config = PRESETS[settings.preset]
+        model_config = settings.model_config()
     corpus = load_corpus(settings.data, settings.context)
     if resume and corpus.sha256 != config["corpus"]["sha256"]:
         raise UserError(f"the data is not what the run in {folder.path} was started with")

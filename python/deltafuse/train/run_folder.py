@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from ..models.config import ModelConfig
+from ..models.config import LATER, ModelConfig
 from .errors import UserError, describe
 from .files import write_atomically
 
@@ -56,7 +56,7 @@ class RunFolder:
 
     def check_same_model(self, checkpoint, model):
         """UserError naming the first size in which the checkpoint and config.json differ."""
-        other = checkpoint.meta["model"]
+        other = {**LATER, **checkpoint.meta["model"]}
         for name, value in vars(model).items():
             if other.get(name) != value:
                 raise UserError(

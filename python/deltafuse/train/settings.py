@@ -3,9 +3,10 @@
 import dataclasses
 import math
 
-from ..models.config import PRESETS
+from ..models.config import LATER, MAX_CHANNELS, PRESETS, RESIDUALS
 from .errors import UserError
 
+DDL_CHANNELS = 4  # as in the paper's models
 OPTIMIZERS = ("mars", "mars-m", "adamw")
 # lr for MARS, AdamW takes half of it: measured for `tiny` on the standard library's text; larger
 # models want smaller rates
@@ -31,6 +32,7 @@ class Settings:
         seed: of the initial weights, the order of the data and the sample.
         eval_every, checkpoint_every: steps between validations and between checkpoints.
         compile: run the model through torch.compile.
+        residual, value_channels: as in `ModelConfig`.
 
     Raises:
         UserError: a value out of range, named as the flag.
@@ -51,6 +53,8 @@ class Settings:
     eval_every: int = 100
     checkpoint_every: int = 100
     compile: bool = False
+    residual: str = "plain"
+    value_channels: int = 1
 
     def __post_init__(self):
         for name in ("steps", "batch", "context", "eval_every", "checkpoint_every"):
@@ -60,6 +64,16 @@ class Settings:
         self._check("beta1", 0 <= self.beta1 < 1, "in [0, 1)")
         self._check("optimizer", self.optimizer in OPTIMIZERS, "one of " + ", ".join(OPTIMIZERS))
         self._check("preset", self.preset in PRESETS, "one of " + ", ".join(PRESETS))
+        self._check("residual", self.residual in RESIDUALS, "one of " + ", ".join(RESIDUALS))
+        plain = self.residual == "plain"
+        most, meaning = (1, "1 without --residual ddl") if plain else (MAX_CHANNELS, "in 1 .. 16")
+        self._check("value_channels", 1 <= self.value_channels <= most, meaning)
+
+    def model_config(self):
+        """The sizes of the preset's model with these residual connections."""
+        return dataclasses.replace(
+            PRESETS[self.preset], residual=self.residual, value_channels=self.value_channels
+        )
 
     def _check(self, name, good, meaning):
         if not good:
@@ -72,6 +86,8 @@ class Settings:
         if preset not in PRESET_SETTINGS:
             raise UserError(f"--preset must be one of {', '.join(PRESETS)}, got {preset}")
         settings = {"data": None, "preset": preset, **PRESET_SETTINGS[preset]}
+        if given.get("residual") == "ddl":
+            settings["value_channels"] = DDL_CHANNELS
         if given.get("optimizer") == "adamw":
             settings["lr"] /= 2
         return cls(**settings | given)
@@ -80,6 +96,7 @@ class Settings:
     def from_record(cls, record, where):
         """Settings of a recorded run; UserError if the record is not one."""
         names = {field.name for field in dataclasses.fields(cls)}
+        record = {**LATER, **record} if isinstance(record, dict) else record
         if not isinstance(record, dict) or set(record) != names:
             raise UserError(f"{where} does not hold the settings of a run")
         data = record["data"]
