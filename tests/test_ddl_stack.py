@@ -256,6 +256,22 @@ def test_check_15_autocast_keeps_the_state_and_narrow_weights_get_narrow_inputs(
         assert_close("y", y.float(), expected[0], 3e-2)
 
 
+def test_check_15_autocast_does_not_blur_the_inversion():
+    """The layers round to bfloat16 either way, the states that come back do not."""
+    x, grads = state(4, 2, 5), []
+    for save in ("output", "invert"):
+        model = Model(4, layers=4, variant="two_layers", save=save)
+
+        def run(x, model=model):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y, c = model(x)
+            return y, c.float()
+
+        grads.append(results(run, model, x))
+    assert_same(grads[1], grads[0], 2e-3)
+    assert_close("dx", grads[1]["dx"], grads[0]["dx"], 1e-4)
+
+
 def test_check_15_no_tensor_stays_on_a_module():
     model = Model(4, save="invert")
     before = [dict(vars(m)) for m in model.modules()]
@@ -334,6 +350,13 @@ def test_leading_dimensions_and_states_that_look_like_others(shape):
     assert y.shape == x.shape and c.shape == x.shape
     with_channel, _ = model(x[..., None])
     assert torch.equal(with_channel[..., 0], y)
+
+
+def test_a_slice_keeps_the_options():
+    stack = Model(4, layers=3, fuse_boundaries=False, save="invert").stack
+    part = stack[1:]
+    assert isinstance(part, DDLStack) and len(part) == 2 and part[0] is stack[1]
+    assert (part.fuse_boundaries, part.save) == (False, "invert")
 
 
 def test_parameters_have_plain_names():

@@ -95,6 +95,18 @@ def test_decomposed_form_decodes_over_time():
     assert_close("decoded", torch.cat(parts, 1), w(x), 1e-12)
 
 
+def test_packed_sequences_do_not_mix_over_time():
+    class Layer(nn.Linear):
+        def forward(self, x, cu_seqlens=None):
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    w = DDLWrapper(Layer(D, D), D, 4, read_out="tc", init="repo").double()
+    x = state(4, 1, 7, dtype=torch.float64)
+    packed = w(x, cu_seqlens=torch.tensor([0, 3, 7]))
+    assert_close("y", packed, torch.cat([w(x[:, :3]), w(x[:, 3:])], 1), 1e-12)
+
+
 def test_disabled_is_the_plain_residual():
     x = state(1, 2, 5)
     w = DDLWrapper(layer_of(), D, 4, disable=True)

@@ -6,11 +6,13 @@ the boundary before it. The order is safe: a boundary's state and logits are mad
 whose backward therefore runs later.
 """
 
+import contextlib
+
 import torch
 
 from .. import _checks
 from .ops import delta_rewrite
-from .reference import compute_dtype, direction
+from .reference import autocast_off, compute_dtype, direction
 
 
 class Tape:
@@ -69,7 +71,8 @@ def _written(step, x, k, v_logits, beta_logits):
     """u = beta (v - k^T X) [..., d_v], what the boundary adds along k."""
     ddl, dtype = step.ddl, compute_dtype(x, k)
     k = direction(k.to(dtype), ddl.k_eps)
-    read = (k.unsqueeze(-2) @ x.to(dtype)).squeeze(-2)
+    with autocast_off(x):
+        read = (k.unsqueeze(-2) @ x.to(dtype)).squeeze(-2)
     if ddl.v_constant is not None:
         v = ddl.v_constant
     else:
@@ -77,14 +80,26 @@ def _written(step, x, k, v_logits, beta_logits):
     return 2 * torch.sigmoid(beta_logits.to(dtype)).unsqueeze(-1) * (v - read)
 
 
-def _gradients(step, x, tensors, needed, grads):
-    """Gradients of step(x, *tensors), which is run again, for those inputs that need one."""
+def _autocast_of(x):
+    """Makes the context in which the forward runs, for the backward."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device):
+        return contextlib.nullcontext
+    options = {
+        "dtype": torch.get_autocast_dtype(device),
+        "enabled": torch.is_autocast_enabled(device),
+    }
+    return lambda: torch.autocast(device, **options)
+
+
+def _gradients(ctx, x, tensors, needed, grads):
+    """Gradients of the step, which is run again, for those of its inputs that need one."""
     inputs = [t if t is None else t.detach() for t in (x, *tensors)]
     wanted = [i for i, need in enumerate(needed) if need]
     for i in wanted:
         inputs[i].requires_grad_()
-    with torch.enable_grad():
-        outputs = step(*inputs)
+    with torch.enable_grad(), ctx.autocast():
+        outputs = ctx.step(*inputs)
     pairs = [
         (out, grad)
         for out, grad in zip(outputs, grads, strict=True)
@@ -110,7 +125,7 @@ class _Boundary(torch.autograd.Function):
         written = _written(step, x, *tensors[:3])
         last = outputs[0] if index == tape.end else None
         ctx.save_for_backward(last, written, *tensors)
-        ctx.step, ctx.tape, ctx.index = step, tape, index
+        ctx.step, ctx.tape, ctx.index, ctx.autocast = step, tape, index, _autocast_of(x)
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
@@ -124,14 +139,14 @@ class _Boundary(torch.autograd.Function):
         x = delta_rewrite(y, k, -written, one, k_eps=k_eps, erase=False)
         ctx.tape.put(ctx.index - 1, x)
         needed = ctx.needs_input_grad[3:]
-        return None, None, None, *_gradients(ctx.step, x.detach(), tensors, needed, grads)
+        return None, None, None, *_gradients(ctx, x, tensors, needed, grads)
 
 
 class _Head(torch.autograd.Function):
     @staticmethod
     def forward(ctx, step, tape, x, *weights):
         ctx.save_for_backward(*weights)
-        ctx.step, ctx.tape = step, tape
+        ctx.step, ctx.tape, ctx.autocast = step, tape, _autocast_of(x)
         ctx.set_materialize_grads(False)
         return tuple(step(x, *weights))
 
@@ -140,4 +155,4 @@ class _Head(torch.autograd.Function):
     def backward(ctx, *grads):
         x = ctx.tape.take(-1)
         needed = ctx.needs_input_grad[2:]
-        return None, None, *_gradients(ctx.step, x, ctx.saved_tensors, needed, grads)
+        return None, None, *_gradients(ctx, x, ctx.saved_tensors, needed, grads)

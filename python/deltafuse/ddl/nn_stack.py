@@ -102,7 +102,9 @@ class DDLStack(nn.ModuleList):
     """Blocks in a row, with one fused pass over the state between any two sub-layers.
 
     The pass (`ddl_boundary`) is the rewrite of the sub-layer that ended, and the read-out, norm
-    and gate projections of the next one. A list of blocks by name: parameters are "0.attn...".
+    and gate projections of the next one. It is a list of blocks: parameters are "0.attn...". Their
+    `forward` is not called, so hooks of blocks do not run: shard (FSDP2) the blocks' attn and mlp
+    and the stack itself, and checkpoint these or call the blocks one by one.
 
     Args:
         blocks: `DDLBlock` and `DDLWrapper` of one width.
@@ -120,6 +122,13 @@ class DDLStack(nn.ModuleList):
         super().__init__(blocks)
         expect_choice("DDLStack", "save", save, SAVES)
         self.fuse_boundaries, self.save = fuse_boundaries, save
+
+    def __getitem__(self, index):
+        """A block, or the stack of some of them with the same options."""
+        part = super().__getitem__(index)
+        if isinstance(index, slice):
+            part.fuse_boundaries, part.save = self.fuse_boundaries, self.save
+        return part
 
     def forward(
         self,

@@ -107,13 +107,21 @@ class DDLWrapper(nn.Module):
         """The state after the layer, layer(c, *args, **options) in the middle; see `open`.
 
         A layer that returns a tuple (out, more...) gives (state, more...); without a layer the
-        result is that of `open`.
+        result is that of `open`. Options cu_seqlens and attention_mask [B, T or more] are for a
+        compressor over time, too.
         """
-        c, add = self.open(x)
+        c, add = self.open(x, **self._sequences(options))
         if self.layer is None:
             return c, add
         out = self.layer(c, *args, **options)
         return (add(out[0]), *out[1:]) if isinstance(out, tuple) else add(out)
+
+    def _sequences(self, options):
+        """What a compressor over time takes from the layer's options."""
+        if self.compress is None or self.compress.mode != "tc":
+            return {}
+        names = ("cu_seqlens", "attention_mask")
+        return {name: options[name] for name in names if options.get(name) is not None}
 
     def extra_repr(self):
         return "disabled" if self.disable else f"init={self.init!r}"

@@ -4,7 +4,6 @@ import functools
 
 from .nn_wrapper import DDLWrapper
 from .ops import ddl_compress
-from .ops_time import ddl_expand
 
 
 def get_init_and_expand_reduce_stream_functions(
@@ -24,7 +23,7 @@ def get_init_and_expand_reduce_stream_functions(
 
     Returns:
         init_ddl(*, dim=dim, branch=None, **options): a `DDLWrapper`, without a branch the
-        decomposed form; expand_stream(x [B, T, d]): the state [B, T, d, d_v], repeated;
+        decomposed form; expand_stream(x [..., d]): the state [..., d, d_v], repeated;
         reduce_stream(X): the mean over channels, which gives back x. For d_v = 1 the last two
         change nothing.
 
@@ -34,7 +33,7 @@ def get_init_and_expand_reduce_stream_functions(
     init = functools.partial(_init, value_channels, dim, disable, options)
     if disable or value_channels == 1:
         return init, _same, _same
-    return init, functools.partial(ddl_expand, weight=None, value_channels=value_channels), _mean
+    return init, functools.partial(_repeat, value_channels), _mean
 
 
 def _init(value_channels, default_dim, disable, defaults, *, dim=None, branch=None, **options):
@@ -47,6 +46,10 @@ def _init(value_channels, default_dim, disable, defaults, *, dim=None, branch=No
 
 def _same(x):
     return x
+
+
+def _repeat(value_channels, x):
+    return x.unsqueeze(-1).expand(*x.shape, value_channels).contiguous()
 
 
 def _mean(x):

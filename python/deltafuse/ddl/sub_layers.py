@@ -173,7 +173,9 @@ class Step:
 def with_channels(x, target):
     """x [..., d, d_v], and whether it came as [..., d]."""
     d = target.norm.weight.shape[0]
-    flat = target.compress is None and x.shape[-1] == d and tuple(x.shape[-2:]) != (d, 1)
+    flat = target.compress is None and x.shape[-1] == d
+    if flat and d == 1:
+        flat = tuple(x.shape[-2:]) != (1, 1)
     return (x.unsqueeze(-1) if flat else x), flat
 
 
