@@ -1,9 +1,9 @@
 // Host side of the gate: checks, the repeated constants, blocks of rows, registration.
 #include <cmath>
 
+#include "common/cpu/partial_sums.h"
 #include "gated_delta/gate.h"
 #include "gated_delta/host.h"
-#include "gated_delta/partial_sums.h"
 
 namespace df::cpu {
 namespace {

@@ -1,8 +1,8 @@
 // Gradients, with a' = a + dt_bias: da = dg rate sigmoid(a'), summed before it is rounded for
 // dt_bias; dA_log = sum dg g.
 #include "common/cpu/math.h"
+#include "common/cpu/partial.h"
 #include "gated_delta/gate.h"
-#include "gated_delta/partial.h"
 
 namespace df::cpu::DF_ISA {
 namespace {

@@ -1,7 +1,7 @@
 // Host side of the row norms: checks, allocation, blocks of rows, registration. x is [rows, V].
+#include "common/cpu/partial_sums.h"
 #include "gated_delta/gated_norm.h"
 #include "gated_delta/host.h"
-#include "gated_delta/partial_sums.h"
 
 namespace df::cpu {
 namespace {

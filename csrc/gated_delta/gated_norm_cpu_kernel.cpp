@@ -2,8 +2,8 @@
 // with n = r x and h = dy silu(gate): that of weight is the sum of h n over the rows, and
 //   dn = h weight,  dx = r (dn - n mean(n dn)),  dgate = dy n weight silu'(gate).
 #include "common/cpu/math.h"
+#include "common/cpu/partial.h"
 #include "gated_delta/gated_norm.h"
-#include "gated_delta/partial.h"
 
 namespace df::cpu::DF_ISA {
 namespace {

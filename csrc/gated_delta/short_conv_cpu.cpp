@@ -1,7 +1,7 @@
 // Host side of the short convolution: states between their public layout [N,D,W-1] and rows of
 // channels, tiles, the fixed partition of the taps' gradients, registration.
+#include "common/cpu/partial_sums.h"
 #include "gated_delta/host.h"
-#include "gated_delta/partial_sums.h"
 #include "gated_delta/short_conv.h"
 
 namespace df::cpu {

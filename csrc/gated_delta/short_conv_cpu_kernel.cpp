@@ -7,7 +7,7 @@
 // Backward, per tile: dz = dy silu'(z) with z computed again, for the tile and the W - 1 tokens
 // after it, goes to scratch; dx is then the convolution of dz with the taps reversed.
 #include "common/cpu/math.h"
-#include "gated_delta/partial.h"
+#include "common/cpu/partial.h"
 #include "gated_delta/short_conv.h"
 
 namespace df::cpu::DF_ISA {

@@ -1,7 +1,11 @@
 // Sums over rows whose bits do not depend on the thread count: blocks of a fixed number of rows
 // have a partial sum each, and these are added in their order.
 #pragma once
-#include "gated_delta/host.h"
+#include <algorithm>
+#include <cstring>
+
+#include "common/cpu/subnormals.h"
+#include "common/op.h"
 
 namespace df::cpu {
 inline Tensor zeros(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
