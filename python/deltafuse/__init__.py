@@ -20,7 +20,10 @@ __all__ = [
     "build_info",
     "chunk_gated_delta_rule",
     "ddl",
+<<<<<<< HEAD
     "delta_rewrite",
+=======
+>>>>>>> ddl-time
     "fused_recurrent_gated_delta_rule",
     "gated_delta",
     "has_cuda",

@@ -56,6 +56,11 @@ def _missing(name, device):
         warnings.warn(message, stacklevel=4)
 
 
+def runs_cuda(tensor):
+    """Whether a compiled operator runs its CUDA kernel on this tensor, emulated or not."""
+    return tensor.is_cuda or _current != NATIVE
+
+
 def register(name, fake, setup_context=None, backward=None):
     """Fake kernel and gradient of an operator; backward gets the namespace's operators first."""
     _registered.append((name, fake, setup_context, backward))

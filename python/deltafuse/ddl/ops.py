@@ -181,7 +181,9 @@ def delta_residual(
 def project(x, weight, bias):
     """x weight^T + bias in the compute dtype: the gates' logits are never rounded to 16 bits."""
     dtype = compute_dtype(x)
-    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    bias = None if bias is None else bias.to(dtype)
+    with reference.autocast_off(x):
+        return F.linear(x.to(dtype), weight.to(dtype), bias)
 
 
 def ddl_compress(x, weight=None):

@@ -121,7 +121,8 @@ def _reference(tensors, options, out_dtype):
     chosen = dataclasses.asdict(options)
     for name in ("x_in", "norm", "out_dtype"):
         del chosen[name]
-    return reference.naive_boundary(*tensors, **chosen, out_dtype=out_dtype)
+    with reference.autocast_off(tensors[0]):
+        return reference.naive_boundary(*tensors, **chosen, out_dtype=out_dtype)
 
 
 def rewrite_out(x, k, v, beta, beta_erase, out, options):

@@ -3,7 +3,17 @@
 All compute in float32 (float64 for float64 inputs) and round once; autograd differentiates them.
 """
 
+import contextlib
+
 import torch
+
+
+def autocast_off(tensor):
+    """Within it products keep the dtype of their factors, as they do in the kernels."""
+    device = tensor.device.type
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
 
 def compute_dtype(*tensors):
