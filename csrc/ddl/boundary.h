@@ -6,7 +6,6 @@
 //             z_v = W_v (x or c) + b_v,  z_beta = W_beta c + b_beta
 #pragma once
 #include "common/dtype.h"
-#include "common/isa.h"
 
 namespace df {
 constexpr int kMaxChannels = 16;
@@ -48,27 +47,5 @@ struct BoundaryGrads {
   void *dx, *dk;                   // [N, d, d_v], [N, d]
   void *dv, *dbeta, *dbeta_erase;  // [N, d_v], [N], [N]: of v and beta as they were given
   bool weights;                    // whether any gradient of a weight is wanted
-};
-
-// Sums over the tokens for the gradients of the weights, in the compute type; absent ones are 0
-// wide.
-struct BoundarySums {
-  int64_t read, norm, W_v, b_v, W_beta, b_beta, total;  // where each one begins
-
-  BoundarySums(const BoundaryArgs& p, bool read_wanted, bool norm_wanted) {
-    int64_t at = 0;
-    const auto take = [&at](int64_t size) {
-      const int64_t begin = at;
-      at += size;
-      return begin;
-    };
-    read = take(read_wanted ? p.d * p.d_v : 0);
-    norm = take(norm_wanted ? p.d : 0);
-    W_v = take(p.W_v.data ? p.d_v * p.d : 0);
-    b_v = take(p.W_v.data ? p.d_v : 0);
-    W_beta = take(p.W_beta.data ? p.d : 0);
-    b_beta = take(p.W_beta.data ? 1 : 0);
-    total = at;
-  }
 };
 }  // namespace df

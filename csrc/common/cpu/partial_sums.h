@@ -35,21 +35,35 @@ inline Tensor sum_blocks(const Tensor& partial, int64_t columns) {
   return total;
 }
 
+class CacheLines {  // memory of a worker that begins on a cache line
+ public:
+  explicit CacheLines(int64_t bytes) : bytes_(bytes + 64) {}
+  void* data() const {
+    return reinterpret_cast<void*>((uintptr_t(bytes_.data()) + 63) & ~uintptr_t(63));
+  }
+
+ private:
+  std::vector<char> bytes_;
+};
+
 class PartialSums {  // of `columns` numbers over `rows` rows, in the compute type of `like`
  public:
   PartialSums(const Tensor& like, int64_t rows, int64_t block, int64_t columns)
+      : PartialSums(like, rows, block, columns, columns) {}
+  PartialSums(const Tensor& like, int64_t rows, int64_t block, int64_t columns, int64_t scratch)
       : rows_(rows),
         block_(block),
         columns_(columns),
+        scratch_(scratch),
         partial_(zeros(like, {(rows + block - 1) / block, columns}, compute_type(like))) {}
 
-  // fn(first row, last row, partial sum, scratch of `columns` numbers)
+  // fn(first row, last row, partial sum, scratch on a cache line)
   template <class Fn>
   void run(Fn fn) {
     const int64_t bytes = columns_ * int64_t(partial_.element_size());
     char* sums = static_cast<char*>(partial_.mutable_data_ptr());
     parallel_for(0, partial_.size(0), 1, [&](int64_t begin, int64_t end) {
-      std::vector<char> scratch(bytes);
+      const CacheLines scratch(scratch_ * int64_t(partial_.element_size()));
       const FlushSubnormals flush;
       for (int64_t i = begin; i < end; ++i)
         fn(i * block_, std::min((i + 1) * block_, rows_), sums + i * bytes, scratch.data());
@@ -58,7 +72,7 @@ class PartialSums {  // of `columns` numbers over `rows` rows, in the compute ty
   Tensor total() const { return sum_blocks(partial_, columns_); }
 
  private:
-  int64_t rows_, block_, columns_;
+  int64_t rows_, block_, columns_, scratch_;
   Tensor partial_;
 };
 }  // namespace df::cpu

@@ -34,7 +34,9 @@ class Benchmark:
         shapes: measured sizes, each a dict of integers; tiny: sizes for tests and `--quick`.
         make: (shape, device) -> Case.
         flops, bytes: shape -> count of one call, or None where the count says nothing.
-        target: (row name, factor): ours is to be that many times as fast as the row, 2 threads.
+        targets: (row name, factor) pairs: ours is to be that many times as fast as the row, with 2
+            threads. A target on "torch.compile" has that row measured without being asked for.
+        dtype: of the main inputs, for the table.
     """
 
     title: str
@@ -45,4 +47,5 @@ class Benchmark:
     make: Callable
     flops: Callable
     bytes: Callable
-    target: tuple | None = None
+    targets: tuple = ()
+    dtype: str = "float32"

@@ -212,7 +212,7 @@ ENTRIES = {
         make=forward_case,
         flops=forward_flops,
         bytes=forward_bytes,
-        target=(TRANSFORMERS, 4.0),
+        targets=((TRANSFORMERS, 4.0),),
     ),
     "gated_delta_fwd_bwd": Benchmark(
         title="chunk_gated_delta_rule, forward and backward",
@@ -223,7 +223,7 @@ ENTRIES = {
         make=training_case,
         flops=training_flops,
         bytes=training_bytes,
-        target=(TRANSFORMERS, 8.0),
+        targets=((TRANSFORMERS, 8.0),),
     ),
     "gated_delta_recurrent": Benchmark(
         title="fused_recurrent_gated_delta_rule, a few tokens, forward",
@@ -234,7 +234,7 @@ ENTRIES = {
         make=recurrent_case,
         flops=recurrent_flops,
         bytes=recurrent_bytes,
-        target=("reference", 1.0),
+        targets=(("reference", 1.0),),
     ),
     "gated_delta_decode": Benchmark(
         title="gated_delta_rule_decode, one token, gate, sigmoid and l2norm fused, in place",
@@ -245,6 +245,6 @@ ENTRIES = {
         make=decode_case,
         flops=recurrent_flops,
         bytes=recurrent_bytes,
-        target=("eager step", 2.0),
+        targets=(("eager step", 2.0),),
     ),
 }

@@ -9,7 +9,7 @@ import torch
 from ..cli import Parser, number
 from ..train.errors import describe
 from . import results, table
-from .measure import measure
+from .measure import COMPILED, measure
 from .registry import REGISTRY
 
 
@@ -62,6 +62,10 @@ def earlier(args, parser):
     return rows
 
 
+def wants_compiled(benchmark):
+    return any(row == COMPILED for row, _ in benchmark.targets)
+
+
 def run(args, names, rows):
     """Prints a table a case, and saves after each; the exit code: 1 if a kernel is wrong."""
     counts = (args.threads or (1, 2)) if args.device == "cpu" else (1,)
@@ -71,9 +75,8 @@ def run(args, names, rows):
         print(f"{name}: {benchmark.title}\nreference: {benchmark.reference}\n", flush=True)
         for shape in (benchmark.tiny,) if args.quick else benchmark.shapes:
             for threads in counts:
-                row = measure(
-                    name, benchmark, shape, args.device, threads, args.repeat, args.compile_baseline
-                )
+                compiled = args.compile_baseline or (wants_compiled(benchmark) and not args.quick)
+                row = measure(name, benchmark, shape, args.device, threads, args.repeat, compiled)
                 wrong |= not row["correct"]["ok"]
                 print(table.text(row) + "\n", flush=True)
                 if args.json:

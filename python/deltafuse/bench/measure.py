@@ -49,7 +49,7 @@ def measure(name, benchmark, shape, device="cpu", threads=1, rounds=None, compil
     row = {
         "op": name,
         "shape": shape,
-        "dtype": "float32",
+        "dtype": benchmark.dtype,
         "threads": threads if device == "cpu" else None,
         "backend": backend(benchmark, device),
         **environment.describe(device),
@@ -57,7 +57,7 @@ def measure(name, benchmark, shape, device="cpu", threads=1, rounds=None, compil
         "flops": benchmark.flops(shape),
         "bytes": benchmark.bytes(shape),
         "seconds": {key: asdict(sample) for key, sample in samples.items()},
-        "target": benchmark.target and list(benchmark.target),
+        "targets": [list(target) for target in benchmark.targets],
     }
     if correct["ok"] and row["backend"] != "reference":
         ours = samples[OURS]

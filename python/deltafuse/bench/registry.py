@@ -1,7 +1,13 @@
 """All benchmarks by name. A new operator adds its module's entries here."""
 
-from . import gated_delta, layer, mars, model
+from . import ddl, gated_delta, layer, mars, model
 from .case import Benchmark, Case
 
-REGISTRY = {**gated_delta.ENTRIES, **layer.ENTRIES, **mars.ENTRIES, **model.ENTRIES}
+REGISTRY = {
+    **gated_delta.ENTRIES,
+    **layer.ENTRIES,
+    **mars.ENTRIES,
+    **ddl.ENTRIES,
+    **model.ENTRIES,
+}
 __all__ = ["REGISTRY", "Benchmark", "Case"]

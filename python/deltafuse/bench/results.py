@@ -7,7 +7,7 @@ from pathlib import Path
 KEY = ("op", "shape", "dtype", "threads", "device", "isa")
 FIELDS = {*KEY, "backend", "versions", "git", "date", "load",
           "omp_wait_policy", "correct", "flops", "bytes",
-          "seconds", "target"}  # fmt: skip
+          "seconds", "targets"}  # fmt: skip
 
 
 class ResultsError(ValueError):

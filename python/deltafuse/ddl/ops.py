@@ -245,10 +245,10 @@ def cc_weight(weight, read, *, causal=False):
     op = "ddl_compress_cc"
     _checks.expect_dim(op, "weight", weight, 2, "[d, K]")
     _checks.expect_dim(op, "read", read, 1, "[d_v]")
-    if weight.shape[1] != read.shape[0]:
+    if weight.shape[1] != read.shape[0] or read.shape[0] < 1:
         _checks.fail(
             op,
-            "weight must be [d, K] with K = d_v, got weight "
+            "weight must be [d, K] with K = d_v at least 1, got weight "
             f"{tuple(weight.shape)} and read {tuple(read.shape)}",
         )
     dtype = compute_dtype(weight, read)
