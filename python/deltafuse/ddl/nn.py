@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .. import _checks
-from .ops import delta_rewrite, delta_rewrite_logits, project
+from .ops import delta_rewrite_logits, project
 from .ops_boundary import _two_layers, ddl_head
 from .validation import V_SOURCES, expect_choice, expect_eps
 
@@ -154,19 +154,20 @@ class DeepDeltaResidual(nn.Module):
 
     def rewrite(self, x, k, v_logits, beta_logits):
         """The state after this connection, from the gates' logits."""
-        if self.v_constant is None:
-            return delta_rewrite_logits(
-                x,
-                k,
-                v_logits,
-                beta_logits,
-                v_scale=self.v_scale,
-                v_activation=self.v_activation,
-                k_eps=self.k_eps,
-            )
-        v = beta_logits.new_full((), self.v_constant)
-        v = v.expand(*beta_logits.shape, self.value_channels)
-        return delta_rewrite(x, k, v, 2 * torch.sigmoid(beta_logits), k_eps=self.k_eps)
+        activation = self.v_activation
+        if self.v_constant is not None:
+            v_logits = beta_logits.new_full((), self.v_constant)
+            v_logits = v_logits.expand(*beta_logits.shape, self.value_channels)
+            activation = None
+        return delta_rewrite_logits(
+            x,
+            k,
+            v_logits,
+            beta_logits,
+            v_scale=self.v_scale,
+            v_activation=activation,
+            k_eps=self.k_eps,
+        )
 
     def forward(self, x, *, k_in, v_in=None, context):
         """The state after the sub-layer.
