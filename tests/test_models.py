@@ -80,14 +80,15 @@ def test_ddl_model_runs_on_fused_boundaries(monkeypatch):
     assert len(calls) == 2 * SMALL.num_layers
 
 
-def test_ddl_model_starts_from_mean_and_gates_of_one():
+def test_ddl_model_starts_near_the_identity():
     model = GatedDeltaLM(dataclasses.replace(SMALL, residual="ddl", value_channels=4))
     x = model.embedding(tokens_of(5))
     for compress in (model.read_out, *(block.compress for block in model.blocks)):
         assert torch.equal(compress(model.expand(x)), x)
     for block in model.blocks:
         for ddl in (block.ddl_attn, block.ddl_mlp):
-            assert not ddl.beta.weight.any() and not ddl.beta.bias.any()
+            assert not ddl.beta.weight.any()
+            assert abs(2 * torch.sigmoid(ddl.beta.bias).item() - 0.05) < 1e-6
 
 
 def test_ddl_compiles_as_one_graph():
