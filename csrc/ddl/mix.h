@@ -43,8 +43,8 @@ struct MixBwdArgs {
 // CUDA: a CTA walks a chunk of tokens of one row. Chunks depend on the sizes alone, and with them
 // the bits of the taps' gradient: a partial sum each, and one for each initial state.
 inline int64_t mix_chunk(const MixShape& s, bool backward) {
-  constexpr int64_t kThreads = 132 * 1024;  // fill a GPU; 8 channels a thread
-  int64_t chunk = backward ? 256 : 64;
+  constexpr int64_t kThreads = 132 * 512;  // fill a GPU; 8 channels a thread
+  int64_t chunk = backward ? 256 : 128;
   while (chunk > 16 && s.B * s.T * s.channels() < kThreads * 8 * chunk) chunk /= 2;
   return chunk;
 }

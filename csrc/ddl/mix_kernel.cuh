@@ -11,9 +11,9 @@
 // needs another one: no shared memory, and no idle lanes but at the end of the features.
 // Registers: taps and their sums K kWide floats each, K - 1 rows, kStep requests: at most 168.
 // Bytes a token and feature: e (d_v + 1) forward, e (2 d_v + 1) or e (d_v + 2) backward, with e
-// bytes an element; K kWide floats of taps a chunk from L2, backward as many of partial sums to HBM
-// (1/18 of the rest for chunks of 256 tokens of bfloat16). FLOPs: 2 K d_v, backward 4 K d_v: 0.8 to
-// 3.2 a byte, so HBM bounds it.
+// bytes an element. A chunk adds its taps and K - 1 rows from L2 (7 % of the accesses for 128
+// tokens of bfloat16, d_v = 4), backward also partial sums to HBM (3 % for 256 tokens). FLOPs: 2 K
+// d_v, backward 4 K d_v: 0.8 to 3.2 a byte, so HBM bounds it.
 //
 // A product-sum is rounded in the same places in every variant (mix_any.cuh is the other one), so
 // that results do not depend on alignment, chunks or what else is in the batch.
@@ -86,10 +86,17 @@ __global__ void __launch_bounds__(kMixThreads)
       continue;
     }
 #pragma unroll
-    for (int k = 1; k < C::kTaps; ++k)
+    for (int k = 1; k < C::kTaps; ++k) {
+      const bool inside = k < s.K && t - k >= span.first;
+      Pack<E, C::kIn> earlier;
+      earlier.zero();
+      if (inside) earlier.load(x + (t - k) * p.x.t);
 #pragma unroll
       for (int i = 0; i < C::kIn; ++i)
-        row[k - 1][i] = k < s.K ? mix_input<E>(p.x, p.initial, s, span, at.b, t - k, in + i) : 0;
+        row[k - 1][i] = inside || k >= s.K
+                            ? earlier[i]
+                            : mix_input<E>(p.x, p.initial, s, span, at.b, t - k, in + i);
+    }
 
     for (; t < end; t += C::kStep) {
       Pack<E, C::kIn> next[C::kStep];

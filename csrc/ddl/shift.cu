@@ -32,7 +32,7 @@ int64_t vectors(const ShiftShape& s, int64_t width) {  // of a head
 }
 int64_t chunk_of(const ShiftShape& s) {
   int64_t chunk = 64;  // fill a GPU; 8 elements a thread
-  while (chunk > 8 && s.B * s.T * s.H * s.D < int64_t(132 * 1024) * 8 * chunk) chunk /= 2;
+  while (chunk > 8 && s.B * s.T * s.H * s.D < int64_t(132 * 512) * 8 * chunk) chunk /= 2;
   return chunk;
 }
 int64_t chunks(const ShiftShape& s) {
