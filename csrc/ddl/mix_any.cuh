@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kMixThreads)
 
 // Gradient of the initial states, and what they add to that of the taps; a feature a thread.
 template <class E>
-__global__ void __launch_bounds__(kMixThreads)
+__global__ void __launch_bounds__(kMixThreads, 4)
     mix_initial_kernel(const __grid_constant__ MixBwdArgs p,
                        const __grid_constant__ Offsets offsets, float* partial) {
   const MixShape& s = p.shape;

@@ -7,9 +7,10 @@
 // CTA = (chunk of tokens, 128 threads along the features). A thread owns the kWide = kFeatures d_v
 // channels of 128 bits of the wide tensor (two such words for float and d_v = 8) and walks the
 // chunk: forward in time for y, backward for dx, with the K - 1 rows before it (after it) in
-// registers, so that HBM sees each element once; kStep tokens are requested together. No thread
-// needs another one: no shared memory, and no idle lanes but at the end of the features.
-// Registers: taps and their sums K kWide floats each, K - 1 rows, kStep requests: at most 168.
+// registers, so that HBM sees each element once; kStep (kBackStep) tokens are requested at once. No
+// thread needs another one: no shared memory, and no idle lanes but at the end of the features.
+// Registers: taps and their sums K kWide floats each, K rows, the requests: at most 168 forward and
+// 208 backward (d_v = 1 in 16 bits; else 184).
 // Bytes a token and feature: e (d_v + 1) forward, e (2 d_v + 1) or e (d_v + 2) backward, with e
 // bytes an element. A chunk adds its taps and K - 1 rows from L2 (7 % of the accesses for 128
 // tokens of bfloat16, d_v = 4), backward also partial sums to HBM (3 % for 256 tokens). FLOPs: 2 K
@@ -28,7 +29,7 @@ struct MixConfig {
   using E = E_;
   static constexpr int kDv = kDv_;
   static constexpr bool kExpand = kExpand_;
-  static constexpr int kVec = 16 / sizeof(E), kTaps = 4, kStep = 4;
+  static constexpr int kVec = 16 / sizeof(E), kTaps = 4, kStep = 4, kBackStep = 2;
   static constexpr int kFeatures = kDv >= kVec ? 1 : kVec / kDv;
   static constexpr int kWide = kFeatures * kDv;
   static constexpr int kIn = kExpand ? kFeatures : kWide, kOut = kExpand ? kWide : kFeatures;
@@ -170,17 +171,17 @@ __global__ void __launch_bounds__(kMixThreads)
       for (int i = 0; i < C::kOut; ++i) row[k - 1][i] = later[i];
     }
 
-    for (; t >= begin; t -= C::kStep) {
-      Pack<E, C::kOut> g[C::kStep];
-      Pack<E, C::kIn> inputs[C::kStep];
+    for (; t >= begin; t -= C::kBackStep) {
+      Pack<E, C::kOut> g[C::kBackStep];
+      Pack<E, C::kIn> inputs[C::kBackStep];
 #pragma unroll
-      for (int u = 0; u < C::kStep; ++u)
+      for (int u = 0; u < C::kBackStep; ++u)
         if (t - u >= begin) {
           g[u].load(dy + (t - u) * p.dy.t);
           inputs[u].load(x + (t - u) * p.x.t);
         }
 #pragma unroll
-      for (int u = 0; u < C::kStep; ++u) {
+      for (int u = 0; u < C::kBackStep; ++u) {
         if (t - u < begin) break;
 #pragma unroll
         for (int k = C::kTaps - 1; k > 0; --k)

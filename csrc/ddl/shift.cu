@@ -8,7 +8,7 @@
 // them idle) add the two dot products by shuffles. Heads of more than 32 vectors have a kernel in
 // which a warp walks along the head and reads x_{t-1} and G_{t+1} from L2.
 // Rows that are not 16-byte aligned, or no whole vectors, are moved element by element to the same
-// lanes: the same bits. Shared memory: none. Registers: at most 96.
+// lanes: the same bits. Shared memory: none. Registers: at most 128.
 // Bytes a token and element: 2 e forward, 3 e backward (e bytes an element); the weights are
 // 8 / D a token. FLOPs: 3 and 7. Bound by memory.
 #include "common/cuda/reduce.cuh"
@@ -17,13 +17,13 @@
 
 namespace df::cuda {
 namespace {
-constexpr int kThreads = 128, kStep = 4;
+constexpr int kThreads = 128;
 
 template <class E, bool kAligned_>
 struct Config {
   using Element = E;
   static constexpr bool kAligned = kAligned_;
-  static constexpr int kVec = 16 / sizeof(E);
+  static constexpr int kVec = 16 / sizeof(E), kStep = kAligned ? 4 : 2;
   using Vector = Pack<E, kVec>;
 };
 
@@ -106,19 +106,19 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t t = at.begin; t < at.end;) {
     const Span span = span_of(offsets, at.b, t);
     const int64_t end = span.last < at.end ? span.last : at.end;
-    typename C::Vector before, next[kStep];
+    typename C::Vector before, next[C::kStep];
     if (span.n == s.N) {  // behind the last sequence
       before.zero();
       for (; t < end; ++t) store<C>(before, static_cast<E*>(p.y) + output(s, at, t), at.count);
       continue;
     }
     load_before<C>(before, p.x, p.cache, s, span, at, t);
-    for (; t < end; t += kStep) {
+    for (; t < end; t += C::kStep) {
 #pragma unroll
-      for (int u = 0; u < kStep; ++u)
+      for (int u = 0; u < C::kStep; ++u)
         if (t + u < end) load<C>(next[u], at_token<E>(p.x, at, t + u), at.count);
 #pragma unroll
-      for (int u = 0; u < kStep; ++u) {
+      for (int u = 0; u < C::kStep; ++u) {
         if (t + u >= end) break;
         const float previous = weight(p.previous, at.b, t + u, at.h);
         const float current = weight(p.current, at.b, t + u, at.h);
@@ -185,7 +185,7 @@ __device__ inline void store_nothing(const ShiftBwdArgs& p, Place at, int64_t t,
 }
 
 template <class C>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     shift_bwd_kernel(const __grid_constant__ ShiftBwdArgs p,
                      const __grid_constant__ Offsets offsets, int64_t chunk, int lanes) {
   using E = typename C::Element;
@@ -199,19 +199,19 @@ __global__ void __launch_bounds__(kThreads)
       for (; t >= begin; --t) store_nothing<C>(p, at, t, lanes);
       continue;
     }
-    typename C::Vector next, x, g[kStep], before[kStep];  // next: of dy at t + 1
+    typename C::Vector next, x, g[C::kStep], before[C::kStep];  // next: of dy at t + 1
     const bool inside = t + 1 < span.last;
     load<C>(next, at_token<E>(p.dy, at, inside ? t + 1 : t), inside ? at.count : 0);
     load<C>(x, at_token<E>(p.x, at, t), at.count);
-    for (; t >= begin; t -= kStep) {
+    for (; t >= begin; t -= C::kStep) {
 #pragma unroll
-      for (int u = 0; u < kStep; ++u)
+      for (int u = 0; u < C::kStep; ++u)
         if (t - u >= begin) {
           load<C>(g[u], at_token<E>(p.dy, at, t - u), at.count);
           load_before<C>(before[u], p.x, p.cache, s, span, at, t - u);
         }
 #pragma unroll
-      for (int u = 0; u < kStep; ++u) {
+      for (int u = 0; u < C::kStep; ++u) {
         if (t - u < begin) break;
         const float current = weight(p.current, at.b, t - u, h);
         const float later = t - u + 1 < span.last ? weight(p.previous, at.b, t - u + 1, h) : 0;
