@@ -6,6 +6,7 @@
 #pragma once
 #include "common/dtype.h"
 #include "common/isa.h"
+#include "ddl/sequences.h"
 
 namespace df {
 struct MixRows {  // [B,T,...] whose tokens are contiguous; strides in elements
@@ -16,9 +17,9 @@ struct MixRows {  // [B,T,...] whose tokens are contiguous; strides in elements
 struct MixShape {
   bool expand;
   int64_t B, T, N, d, dv, K;
-  int64_t channels() const { return d * dv; }
-  int64_t in() const { return expand ? d : d * dv; }
-  int64_t out() const { return expand ? d * dv : d; }
+  constexpr int64_t channels() const { return d * dv; }
+  constexpr int64_t in() const { return expand ? d : d * dv; }
+  constexpr int64_t out() const { return expand ? d * dv : d; }
 };
 
 struct MixFwdArgs {
@@ -38,6 +39,38 @@ struct MixBwdArgs {
   const void* d_final;  // compute type, as d_initial; may be null
   void *dx, *d_initial;
 };
+
+// CUDA: a CTA walks a chunk of tokens of one row. Chunks depend on the sizes alone, and with them
+// the bits of the taps' gradient: a partial sum each, and one for each initial state.
+inline int64_t mix_chunk(const MixShape& s, bool backward) {
+  constexpr int64_t kThreads = 132 * 512;  // fill a GPU; 8 channels a thread
+  int64_t chunk = backward ? 256 : 128;
+  while (chunk > 16 && s.B * s.T * s.channels() < kThreads * 8 * chunk) chunk /= 2;
+  return chunk;
+}
+inline int64_t mix_chunks(const MixShape& s, bool backward) {
+  const int64_t chunk = mix_chunk(s, backward);
+  return s.B * ((s.T + chunk - 1) / chunk);
+}
+inline int64_t mix_partial_rows(const MixShape& s, bool initial) {
+  return mix_chunks(s, true) + (initial && s.K > 1 ? s.N : 0);
+}
+struct MixSums {
+  float* partial;  // [rows, K, d, d_v]: chunks, then sequences that have an initial state
+  int64_t rows;
+  float* dw;  // [K, d, d_v]
+};
+// By element type; the compute type is float.
+void mix_fwd_f32_cuda(const MixFwdArgs& args, const Offsets& offsets, void* stream);
+void mix_fwd_bf16_cuda(const MixFwdArgs& args, const Offsets& offsets, void* stream);
+void mix_fwd_f16_cuda(const MixFwdArgs& args, const Offsets& offsets, void* stream);
+void mix_bwd_f32_cuda(const MixBwdArgs& args, const MixSums& sums, const Offsets& offsets,
+                      void* stream);
+void mix_bwd_bf16_cuda(const MixBwdArgs& args, const MixSums& sums, const Offsets& offsets,
+                       void* stream);
+void mix_bwd_f16_cuda(const MixBwdArgs& args, const MixSums& sums, const Offsets& offsets,
+                      void* stream);
+void mix_sums_cuda(const MixShape& shape, const MixSums& sums, void* stream);
 
 namespace cpu {
 struct MixTile {  // tokens [begin, end) of a sequence, which is tokens [first, last) of a row

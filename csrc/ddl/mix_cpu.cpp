@@ -68,9 +68,8 @@ void last_inputs(const MixFwdArgs& p, const std::vector<Sequence>& sequences) {
   }
 }
 
-std::tuple<Tensor, Tensor> fwd(bool expand, const Tensor& x, const Tensor& w,
-                               const OptTensor& initial_state, const OptTensor& cu_seqlens,
-                               bool output_final_state) {
+MixFwdResult fwd(bool expand, const Tensor& x, const Tensor& w, const OptTensor& initial_state,
+                 const OptTensor& cu_seqlens, bool output_final_state) {
   const MixTensors in = mix_tensors(expand, x, w, initial_state, cu_seqlens);
   const std::vector<Sequence> sequences =
       sequences_of(expand ? "ddl_expand" : "ddl_compress_tc", x, cu_seqlens);
@@ -91,10 +90,8 @@ std::tuple<Tensor, Tensor> fwd(bool expand, const Tensor& x, const Tensor& w,
   return {y, final};
 }
 
-std::tuple<Tensor, Tensor, Tensor> bwd(bool expand, const Tensor& dy, const OptTensor& d_final,
-                                       const Tensor& x, const Tensor& w,
-                                       const OptTensor& initial_state,
-                                       const OptTensor& cu_seqlens) {
+MixBwdResult bwd(bool expand, const Tensor& dy, const OptTensor& d_final, const Tensor& x,
+                 const Tensor& w, const OptTensor& initial_state, const OptTensor& cu_seqlens) {
   const MixTensors in = mix_tensors(expand, x, w, initial_state, cu_seqlens);
   const std::vector<Sequence> sequences =
       sequences_of(expand ? "ddl_expand" : "ddl_compress_tc", x, cu_seqlens);
@@ -116,37 +113,14 @@ std::tuple<Tensor, Tensor, Tensor> bwd(bool expand, const Tensor& dy, const OptT
                  kernel(args, tiles[i], f0, sums + u * stride, scratch);
              });
   const Tensor dw = torch::stable::view(sum_blocks(partial, taps), {K, d, dv});
-  const Tensor& d_initial = grads.d_initial;
-  return {grads.dx, torch::stable::to(dw, w.scalar_type()),
-          in.initial ? torch::stable::to(d_initial, initial_state->scalar_type()) : d_initial};
-}
-
-std::tuple<Tensor, Tensor> tc_fwd(const Tensor& x, const Tensor& w, const OptTensor& initial_state,
-                                  const OptTensor& cu_seqlens, bool output_final_state) {
-  return fwd(false, x, w, initial_state, cu_seqlens, output_final_state);
-}
-std::tuple<Tensor, Tensor> ec_fwd(const Tensor& x, const Tensor& w, const OptTensor& initial_state,
-                                  const OptTensor& cu_seqlens, bool output_final_state) {
-  return fwd(true, x, w, initial_state, cu_seqlens, output_final_state);
-}
-std::tuple<Tensor, Tensor, Tensor> tc_bwd(const Tensor& dy, const OptTensor& d_final,
-                                          const Tensor& x, const Tensor& w,
-                                          const OptTensor& initial_state,
-                                          const OptTensor& cu_seqlens) {
-  return bwd(false, dy, d_final, x, w, initial_state, cu_seqlens);
-}
-std::tuple<Tensor, Tensor, Tensor> ec_bwd(const Tensor& dy, const OptTensor& d_final,
-                                          const Tensor& x, const Tensor& w,
-                                          const OptTensor& initial_state,
-                                          const OptTensor& cu_seqlens) {
-  return bwd(true, dy, d_final, x, w, initial_state, cu_seqlens);
+  return mix_results(grads, dw, w, initial_state);
 }
 }  // namespace
 }  // namespace df::cpu
 
 DF_IMPL(CPU, m) {
-  m.impl("ddl_tc_fwd", TORCH_BOX(&df::cpu::tc_fwd));
-  m.impl("ddl_tc_bwd", TORCH_BOX(&df::cpu::tc_bwd));
-  m.impl("ddl_ec_fwd", TORCH_BOX(&df::cpu::ec_fwd));
-  m.impl("ddl_ec_bwd", TORCH_BOX(&df::cpu::ec_bwd));
+  m.impl("ddl_tc_fwd", TORCH_BOX((&df::mix_fwd_op<false, &df::cpu::fwd>)));
+  m.impl("ddl_tc_bwd", TORCH_BOX((&df::mix_bwd_op<false, &df::cpu::bwd>)));
+  m.impl("ddl_ec_fwd", TORCH_BOX((&df::mix_fwd_op<true, &df::cpu::fwd>)));
+  m.impl("ddl_ec_bwd", TORCH_BOX((&df::mix_bwd_op<true, &df::cpu::bwd>)));
 }

@@ -83,9 +83,30 @@ void spread(const T* from, int64_t n, int64_t dv, T* to) {
     for (int64_t j = 0; j < dv; ++j) to[i * dv + j] = from[i];
 }
 
+// Copies of row pointers that a loop keeps in registers; for any number of them, where they stand.
+template <class P, int kCount>
+struct Rows {
+  P row[kCount];
+  explicit Rows(const P* from) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) row[i] = from[i];
+  }
+  P operator[](int64_t i) const { return row[i]; }
+};
+template <class P>
+struct Rows<P, kAnyTaps> {
+  const P* from;
+  explicit Rows(const P* from) : from(from) {}
+  P operator[](int64_t i) const { return from[i]; }
+};
+template <class T, int kTaps, int rows>
+using WindowRows = Rows<const T*, kTaps == kAnyTaps ? kAnyTaps : kTaps + rows - 1>;
+
 // z[j] = sum_s w_s x[j + K - 1 - s] for rows of n channels.
 template <class T, int kTaps, int rows>
-void convolve(const T* const* x, const T* w, int64_t ld, int64_t taps, int64_t n, T* const* z) {
+void convolve(const T* const* x_, const T* w, int64_t ld, int64_t taps, int64_t n, T* const* z_) {
+  const WindowRows<T, kTaps, rows> x(x_);
+  const Rows<T*, rows> z(z_);
   const int64_t K = kTaps == kAnyTaps ? taps : kTaps;
   over_row<T>(n, [&](int64_t c, auto part) {
     Vec<T> sum[rows] = {};
@@ -102,8 +123,11 @@ void convolve(const T* const* x, const T* w, int64_t ld, int64_t taps, int64_t n
 
 // dx[j] = sum_s w_s g[j + s]; dw_s += sum_j g[j + s] x[j].
 template <class T, int kTaps, int rows>
-void adjoint(const T* const* g, const T* const* x, const T* w, T* dw, int64_t ld, int64_t taps,
-             int64_t n, T* const* dx) {
+void adjoint(const T* const* g_, const T* const* x_, const T* w, T* dw, int64_t ld, int64_t taps,
+             int64_t n, T* const* dx_) {
+  const WindowRows<T, kTaps, rows> g(g_);
+  const Rows<const T*, rows> x(x_);
+  const Rows<T*, rows> dx(dx_);
   const int64_t K = kTaps == kAnyTaps ? taps : kTaps;
   over_row<T>(n, [&](int64_t c, auto part) {
     Vec<T> sum[rows] = {}, in[rows];
@@ -138,11 +162,12 @@ struct Window {
   // Rows [first, first + count), count <= size; make(position, slot) returns where a row stands.
   template <class Make>
   const T* const* rows(int64_t first, int64_t count, Make make) {
-    for (; next < first + count; ++next) {
-      const int64_t slot = (next - origin) % size;
+    int64_t slot = (next - origin) % size;
+    const auto following = [&] { slot = slot + 1 == size ? 0 : slot + 1; };
+    for (; next < first + count; ++next, following())
       ring[slot] = make(next, slots + slot * kMixChannels);
-    }
-    for (int64_t i = 0; i < count; ++i) view[i] = ring[(first + i - origin) % size];
+    slot = (first - origin) % size;
+    for (int64_t i = 0; i < count; ++i, following()) view[i] = ring[slot];
     return view;
   }
 };

@@ -39,7 +39,8 @@ inline MixTensors mix_tensors(bool expand, const Tensor& x, const Tensor& w,
   STD_TORCH_CHECK(!initial || (initial->dim() == 3 && initial->size(0) == shape.N &&
                                initial->size(1) == shape.in() && initial->size(2) == shape.K - 1),
                   op, ": initial_state must be [", shape.N, ",", shape.in(), ",", shape.K - 1, "]");
-  return {shape, token_rows(x), as(w, compute_type(x)), as(initial, x.scalar_type()), cu_seqlens};
+  return {shape, token_rows(x), as(w, compute_type(x)), as(initial, x.scalar_type()),
+          dense_offsets(cu_seqlens)};
 }
 
 struct MixGrads {
@@ -61,5 +62,28 @@ inline MixGrads mix_grads(const MixTensors& in, const Tensor& dy, const OptTenso
   return {token_rows(torch::stable::to(dy, in.x.scalar_type())), as(d_final, type),
           expand ? empty(in.x, {B, T, d}) : empty(in.x, {B, T, d, dv}),
           in.initial ? in.state(type) : empty(in.x, {0})};
+}
+
+using MixFwdResult = std::tuple<Tensor, Tensor>;
+using MixBwdResult = std::tuple<Tensor, Tensor, Tensor>;
+
+// The gradients in the types of their inputs.
+inline MixBwdResult mix_results(const MixGrads& grads, const Tensor& dw, const Tensor& w,
+                                const OptTensor& initial) {
+  return {grads.dx, torch::stable::to(dw, w.scalar_type()),
+          initial ? torch::stable::to(grads.d_initial, initial->scalar_type()) : grads.d_initial};
+}
+
+// Operators of one direction from a device's function for both.
+template <bool expand, auto fwd>
+MixFwdResult mix_fwd_op(const Tensor& x, const Tensor& w, const OptTensor& initial_state,
+                        const OptTensor& cu_seqlens, bool output_final_state) {
+  return fwd(expand, x, w, initial_state, cu_seqlens, output_final_state);
+}
+template <bool expand, auto bwd>
+MixBwdResult mix_bwd_op(const Tensor& dy, const OptTensor& d_final_state, const Tensor& x,
+                        const Tensor& w, const OptTensor& initial_state,
+                        const OptTensor& cu_seqlens) {
+  return bwd(expand, dy, d_final_state, x, w, initial_state, cu_seqlens);
 }
 }  // namespace df

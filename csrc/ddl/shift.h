@@ -3,6 +3,7 @@
 #pragma once
 #include "common/dtype.h"
 #include "common/isa.h"
+#include "ddl/sequences.h"
 
 namespace df {
 struct ShiftHeads {  // [B,T,H] or [B,T,H,D] with unit stride of D; strides in elements
@@ -30,6 +31,10 @@ struct ShiftBwdArgs {
   void *dx, *d_cache;
   void *d_previous, *d_current;  // [B,T,H], compute type
 };
+
+// CUDA: float32, bfloat16 and float16.
+void shift_fwd_cuda(const ShiftFwdArgs& args, const Offsets& offsets, void* stream);
+void shift_bwd_cuda(const ShiftBwdArgs& args, const Offsets& offsets, void* stream);
 
 namespace cpu {
 struct ShiftTile {  // tokens [begin, end) of a row, which are of sequence n = tokens [first, last)

@@ -42,7 +42,7 @@ inline ShiftTensors shift_tensors(const Tensor& x, const Tensor& previous, const
           torch::stable::to(previous, type),
           torch::stable::to(current, type),
           as(cache, x.scalar_type()),
-          cu_seqlens};
+          dense_offsets(cu_seqlens)};
 }
 
 struct ShiftGrads {
