@@ -1,0 +1,6 @@
+// boundary_fwd.cuh for states of type float16.
+#include "ddl/boundary_fwd.cuh"
+
+bool df::boundary_fwd_f16_cuda(const BoundaryArgs& args, void* stream) {
+  return cuda::boundary_fwd_launch<f16>(args, stream);
+}
