@@ -161,6 +161,7 @@ def test_backends_are_listed():
     ops = backend_info()["ops"]
     assert {"ddl_boundary_fwd", "ddl_boundary_bwd", "ddl_rewrite_out"} <= set(ops)
     assert ops["ddl_boundary_fwd"]["cpu"] == "cpu"
+    assert ops["ddl_boundary_fwd"]["cuda float64"] == "reference"
     x, k, v, beta = rewrite_inputs(2, 5, 3)
     y = normal(2, 5, 3)
     with _library.use("reference"):

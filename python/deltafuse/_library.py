@@ -23,6 +23,7 @@ _namespaces = {"native": NATIVE}
 _current = NATIVE
 _registered = []
 _kernels = set()  # (namespace, operator, device type)
+_not_on_cuda = {}  # operator: dtypes that its CUDA kernel does not take
 _warned = set()
 _backend = os.environ.get("DELTAFUSE_BACKEND", "auto")
 _strict = os.environ.get("DELTAFUSE_STRICT", "0") not in ("", "0")
@@ -38,6 +39,8 @@ def kernel(name, tensor):
     once an operator, and raises with `DELTAFUSE_STRICT=1`.
     """
     if _backend == "reference":
+        return None
+    if tensor.dtype in _not_on_cuda.get(name, ()) and runs_cuda(tensor):
         return None
     device = tensor.device.type
     if (_current, name, device) in _kernels:
@@ -59,6 +62,12 @@ def _missing(name, device):
 def runs_cuda(tensor):
     """Whether a compiled operator runs its CUDA kernel on this tensor, emulated or not."""
     return tensor.is_cuda or _current != NATIVE
+
+
+def not_on_cuda(dtype, *names):
+    """The CUDA kernels of these operators do not take tensors of dtype: the reference runs."""
+    for name in names:
+        _not_on_cuda.setdefault(name, []).append(dtype)
 
 
 def register(name, fake, setup_context=None, backward=None):
@@ -124,7 +133,8 @@ def backend_info():
     Returns:
         dict with `build` (str), `cpu_isa` (str or None), `backend` ("auto" or "reference"),
         `strict` (bool), and `ops`: {operator: {"cpu": backend, "cuda": backend}} where backend is
-        "cpu", "cuda" or "reference".
+        "cpu", "cuda" or "reference"; a further entry such as "cuda float64" names tensors that a
+        CUDA kernel leaves to the reference.
     """
     ops = {}
     for name, *_ in _registered:
@@ -134,6 +144,8 @@ def backend_info():
             else "reference"
             for device in ("cpu", "cuda")
         }
+        for dtype in _not_on_cuda.get(name, ()):
+            ops[name][f"cuda {dtype}".replace("torch.", "")] = "reference"
     return {
         "build": build_info(),
         "cpu_isa": cpu_isa(),

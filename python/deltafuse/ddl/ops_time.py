@@ -88,6 +88,7 @@ def _shift_backward(ops, ctx, dy, d_cache):
 
 
 _register("token_shift", "token_shift", _shift_fwd_fake, _shift_bwd_fake, _setup, _shift_backward)
+_library.not_on_cuda(torch.float64, "ddl_tc_fwd", "ddl_ec_fwd", "token_shift_fwd")
 
 
 # Checks
@@ -138,13 +139,6 @@ def _check_taps(op, weight, dim, rows, meaning):
 
 
 # Masks, kernels
-
-
-def _kernel(name, x):
-    """The compiled operator or None; float64 on CUDA runs the reference."""
-    if x.dtype == torch.float64 and _library.runs_cuda(x):
-        return None
-    return _library.kernel(name, x)
 
 
 def _hidden(attention_mask, x):
@@ -213,7 +207,7 @@ def ddl_compress_tc(
         _checks.expect_shape(op, "initial_state", initial_state, shape, "[N, d * d_v, K - 1]")
     hidden = _hidden(attention_mask, x)
     x = _filled(x, hidden)
-    kernel = _kernel("ddl_tc_fwd", x)
+    kernel = _library.kernel("ddl_tc_fwd", x)
     if kernel is None:
         y, final = reference.naive_compress_tc(x, weight, read, cu_seqlens, initial_state)
     else:
@@ -271,7 +265,7 @@ def ddl_expand(
         _checks.expect_shape(op, "initial_state", initial_state, (N, d, K - 1), "[N, d, K - 1]")
     hidden = _hidden(attention_mask, x)
     x = _filled(x, hidden)
-    kernel = None if weight is None else _kernel("ddl_ec_fwd", x)
+    kernel = None if weight is None else _library.kernel("ddl_ec_fwd", x)
     if weight is None:
         if cu_seqlens is not None:  # zeros behind the last sequence, as the convolution has
             behind = torch.arange(x.shape[1], device=x.device) >= cu_seqlens[-1]
@@ -329,7 +323,7 @@ def token_shift(
         _checks.expect_shape(op, "cache", cache, (N, *x.shape[2:]), "[N, H, D]")
     hidden = _hidden(attention_mask, x)
     x = _filled(x, hidden)
-    kernel = _kernel("token_shift_fwd", x)
+    kernel = _library.kernel("token_shift_fwd", x)
     if kernel is None:
         y, last = reference.naive_token_shift(x, prev_weight, curr_weight, cu_seqlens, cache)
     else:

@@ -95,6 +95,7 @@ _library.register(
     "ddl_boundary_bwd", _bwd_fake, lambda ctx, inputs, output: None, _no_second_derivative
 )
 _library.register("ddl_rewrite_out", lambda *args: None)
+_library.not_on_cuda(torch.float64, "ddl_boundary_fwd", "ddl_rewrite_out")
 
 
 def boundary(tensors, options):
