@@ -24,7 +24,7 @@ enum SectionFlag {
 };
 
 struct MarsLists {  // a section's tensors follow those of the section before, where it has such
-  Tensors params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, last_grads, masters, absmaxes,
+  Tensors params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, last_grads, masters, absmaxes,
       state_steps;
 };
 
@@ -33,7 +33,7 @@ struct MarsCall {
   std::vector<bool> amsgrad;    // of each section
   std::vector<int64_t> counts;  // tensors of each section
   std::vector<MarsTensor> tensors;
-  std::vector<OptTensor> steps;  // of each tensor
+  std::vector<float*> steps;  // of each tensor; null: nothing depends on it
 };
 
 inline MarsCall mars_sections(const std::vector<int64_t>& ints,
@@ -74,24 +74,35 @@ inline bool counts_steps(const MarsSection& x) {
   return x.rule != MarsRule::given;
 }
 
+// The same shape, and strides where they matter. One look at each array: the shim's calls count.
+inline bool same_layout(const Tensor& a, const Tensor& b) {
+  const auto sizes = a.sizes(), others = b.sizes();
+  if (sizes != others) return false;
+  const auto strides = a.strides(), wanted = b.strides();
+  for (size_t d = 0; d < sizes.size(); ++d)
+    if (strides[d] != wanted[d] && sizes[d] != 1) return false;
+  return true;
+}
+
 // Draws a section's tensors from the lists, in order, and checks that they go with their parameter.
 class MarsReader {
  public:
-  explicit MarsReader(const MarsLists& lists) : lists_(lists) {}
+  MarsReader(const MarsLists& lists, const Tensors& grads) : lists_(lists), all_grads_(grads) {}
 
   MarsTensor next(const MarsSection& x, bool amsgrad, int32_t section) {
     p_ = &take("params", lists_.params, params_);
-    step_.reset();
+    step_ = nullptr;
     STD_TORCH_CHECK(is_dense(*p_), "mars: ", name("params"), " must be dense");
     MarsTensor t{};
     t.n = p_->numel(), t.section = section, t.number = uint32_t(params_ - 1);
     t.p = {p_->data_ptr(), dtype(*p_)};
-    const Tensor& g = like_p("grads", lists_.grads, grads_);
+    const Tensor& g = like_p("grads", all_grads_, grads_);
     t.g = g.const_data_ptr(), t.g_type = dtype(g);
     if (counts_steps(x) || x.stochastic) {
-      step_ = take("state_steps", lists_.state_steps, steps_);
-      STD_TORCH_CHECK(step_->numel() == 1 && step_->scalar_type() == ScalarType::Float,
+      const Tensor& step = take("state_steps", lists_.state_steps, steps_);
+      STD_TORCH_CHECK(step.numel() == 1 && step.scalar_type() == ScalarType::Float,
                       "mars: ", name("state_steps"), " must be one float32");
+      step_ = static_cast<float*>(step.data_ptr());
     }
     if (x.rule == MarsRule::given) return master(x, t);
     t.m = state("exp_avgs", lists_.exp_avgs, moments_);
@@ -100,10 +111,10 @@ class MarsReader {
     if (x.corrected) t.h = array(like_p("last_grads", lists_.last_grads, last_));
     return master(x, t);
   }
-  // Of the tensor that next() returned; none where nothing depends on it.
-  const OptTensor& step() const { return step_; }
+  // Of the tensor that next() returned; null where nothing depends on it.
+  float* step() const { return step_; }
   bool done() const {
-    return params_ == lists_.params.size() && grads_ == lists_.grads.size() &&
+    return params_ == lists_.params.size() && grads_ == all_grads_.size() &&
            moments_ == lists_.exp_avgs.size() && squares_ == lists_.exp_avg_sqs.size() &&
            maxima_ == lists_.max_exp_avg_sqs.size() && last_ == lists_.last_grads.size() &&
            masters_ == lists_.masters.size() && absmaxes_ == lists_.absmaxes.size() &&
@@ -120,9 +131,7 @@ class MarsReader {
   }
   const Tensor& like_p(const char* list, const Tensors& tensors, size_t& at) {
     const Tensor& t = take(list, tensors, at);
-    bool same = t.is_cpu() == p_->is_cpu() && t.dim() == p_->dim();
-    for (int64_t d = 0; same && d < t.dim(); ++d)
-      same = t.size(d) == p_->size(d) && (t.size(d) == 1 || t.stride(d) == p_->stride(d));
+    const bool same = t.is_cpu() == p_->is_cpu() && same_layout(t, *p_);
     STD_TORCH_CHECK(same || (t.numel() == 0 && p_->numel() == 0), "mars: ", name(list),
                     " must have its shape, strides and device");
     return t;
@@ -161,16 +170,17 @@ class MarsReader {
   }
 
   const MarsLists& lists_;
+  const Tensors& all_grads_;
   const Tensor* p_ = nullptr;
-  OptTensor step_;
+  float* step_ = nullptr;
   size_t params_ = 0, grads_ = 0, moments_ = 0, squares_ = 0, maxima_ = 0, last_ = 0, masters_ = 0,
          absmaxes_ = 0, steps_ = 0;
 };
 
-inline MarsCall mars_call(const MarsLists& lists, const std::vector<int64_t>& ints,
-                          const std::vector<double>& numbers) {
+inline MarsCall mars_call(const MarsLists& lists, const Tensors& grads,
+                          const std::vector<int64_t>& ints, const std::vector<double>& numbers) {
   MarsCall call = mars_sections(ints, numbers);
-  MarsReader reader(lists);
+  MarsReader reader(lists, grads);
   for (size_t s = 0; s < call.sections.size(); ++s)
     for (int64_t i = 0; i < call.counts[s]; ++i) {
       call.tensors.push_back(reader.next(call.sections[s], call.amsgrad[s], int32_t(s)));
