@@ -74,15 +74,20 @@ inline bool counts_steps(const MarsSection& x) {
   return x.rule != MarsRule::given;
 }
 
-// The same shape, and strides where they matter. One look at each array: the shim's calls count.
-inline bool same_layout(const Tensor& a, const Tensor& b) {
-  const auto sizes = a.sizes(), others = b.sizes();
-  if (sizes != others) return false;
-  const auto strides = a.strides(), wanted = b.strides();
-  for (size_t d = 0; d < sizes.size(); ++d)
-    if (strides[d] != wanted[d] && sizes[d] != 1) return false;
-  return true;
-}
+// What tensors are compared with; read once, since calls of torch's shim add up in long lists.
+struct Layout {
+  torch::headeronly::IntHeaderOnlyArrayRef sizes, strides;
+  bool is_cpu = true;
+  Layout() = default;
+  explicit Layout(const Tensor& t) : sizes(t.sizes()), strides(t.strides()), is_cpu(t.is_cpu()) {}
+  bool holds_for(const Tensor& t) const {  // strides where they matter
+    if (t.is_cpu() != is_cpu || t.sizes() != sizes) return false;
+    const auto found = t.strides();
+    for (size_t d = 0; d < sizes.size(); ++d)
+      if (found[d] != strides[d] && sizes[d] != 1) return false;
+    return true;
+  }
+};
 
 // Draws a section's tensors from the lists, in order, and checks that they go with their parameter.
 class MarsReader {
@@ -90,12 +95,13 @@ class MarsReader {
   MarsReader(const MarsLists& lists, const Tensors& grads) : lists_(lists), all_grads_(grads) {}
 
   MarsTensor next(const MarsSection& x, bool amsgrad, int32_t section) {
-    p_ = &take("params", lists_.params, params_);
+    const Tensor& p = take("params", lists_.params, params_);
+    layout_ = Layout(p);
     step_ = nullptr;
-    STD_TORCH_CHECK(is_dense(*p_), "mars: ", name("params"), " must be dense");
+    STD_TORCH_CHECK(is_dense(p), "mars: ", name("params"), " must be dense");
     MarsTensor t{};
-    t.n = p_->numel(), t.section = section, t.number = uint32_t(params_ - 1);
-    t.p = {p_->data_ptr(), dtype(*p_)};
+    t.n = n_ = p.numel(), t.section = section, t.number = uint32_t(params_ - 1);
+    t.p = {p.data_ptr(), type_ = dtype(p)};
     const Tensor& g = like_p("grads", all_grads_, grads_);
     t.g = g.const_data_ptr(), t.g_type = dtype(g);
     if (counts_steps(x) || x.stochastic) {
@@ -131,13 +137,13 @@ class MarsReader {
   }
   const Tensor& like_p(const char* list, const Tensors& tensors, size_t& at) {
     const Tensor& t = take(list, tensors, at);
-    const bool same = t.is_cpu() == p_->is_cpu() && same_layout(t, *p_);
-    STD_TORCH_CHECK(same || (t.numel() == 0 && p_->numel() == 0), "mars: ", name(list),
+    STD_TORCH_CHECK(layout_.holds_for(t) || (t.numel() == 0 && n_ == 0), "mars: ", name(list),
                     " must have its shape, strides and device");
     return t;
   }
   MarsArray array(const Tensor& t) {
-    if (t.scalar_type() != ScalarType::Byte) return {t.data_ptr(), dtype(t)};
+    const bool codes = t.element_size() == 1 && t.scalar_type() == ScalarType::Byte;
+    if (!codes) return {t.data_ptr(), dtype(t)};
     const Tensor& factors = take("absmaxes", lists_.absmaxes, absmaxes_);
     STD_TORCH_CHECK(factors.numel() == (t.numel() + kMarsQuantum - 1) / kMarsQuantum &&
                         factors.scalar_type() == ScalarType::Float,
@@ -146,23 +152,22 @@ class MarsReader {
     return {t.data_ptr(), DType::f32, static_cast<float*>(factors.data_ptr())};
   }
   MarsArray state(const char* list, const Tensors& tensors, size_t& at) {
-    const Tensor& t = like_p(list, tensors, at);
-    const bool wide = t.scalar_type() == compute_type(*p_);
+    const MarsArray a = array(like_p(list, tensors, at));
+    const bool wide = type_ == DType::f64;
     STD_TORCH_CHECK(
-        wide || (p_->scalar_type() != ScalarType::Double &&
-                 (t.scalar_type() == ScalarType::BFloat16 || t.scalar_type() == ScalarType::Byte)),
+        wide ? !a.absmax && a.type == DType::f64 : a.type == DType::f32 || a.type == DType::bf16,
         "mars: ", name(list),
         " must be float32, bfloat16 or uint8, or float64 for a float64 parameter");
-    return array(t);
+    return a;
   }
   MarsTensor& master(const MarsSection& x, MarsTensor& t) {
-    STD_TORCH_CHECK(!x.stochastic || p_->scalar_type() == ScalarType::BFloat16,
+    STD_TORCH_CHECK(!x.stochastic || type_ == DType::bf16,
                     "mars: stochastic rounding needs bfloat16 parameters");
     if (x.master == MarsMaster::none) return t;
     const bool split = x.master == MarsMaster::split16;
     const Tensor& m = like_p("masters", lists_.masters, masters_);
     STD_TORCH_CHECK(m.scalar_type() == (split ? ScalarType::Short : ScalarType::Float) &&
-                        (!split || p_->scalar_type() == ScalarType::BFloat16),
+                        (!split || type_ == DType::bf16),
                     "mars: ", name("masters"),
                     " must be float32, or the int16 low halves of a bfloat16 one");
     t.master = m.data_ptr();
@@ -171,7 +176,10 @@ class MarsReader {
 
   const MarsLists& lists_;
   const Tensors& all_grads_;
-  const Tensor* p_ = nullptr;
+  // of the parameter that next() is at
+  Layout layout_;
+  int64_t n_ = 0;
+  DType type_ = DType::f32;
   float* step_ = nullptr;
   size_t params_ = 0, grads_ = 0, moments_ = 0, squares_ = 0, maxima_ = 0, last_ = 0, masters_ = 0,
          absmaxes_ = 0, steps_ = 0;

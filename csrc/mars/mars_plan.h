@@ -44,7 +44,7 @@ inline bool mars_fits(const MarsPlan& plan, const Tensors& grads) {
   if (grads.size() != params.size()) return false;
   for (size_t i = 0; i < params.size(); ++i)
     if (params[i].scalar_type() != plan.types[i] || !is_dense(params[i]) ||
-        !same_layout(grads[i], params[i]))
+        !Layout(params[i]).holds_for(grads[i]))
       return false;
   return true;
 }

@@ -11,8 +11,9 @@ from .paths import constants_of, keeps_copy, uses_loop
 from .sections import by_device, call_again, kept_by_kernel
 
 # options that schedules change; they reach the kernel as numbers
-_RATES = ("lr", "lr_1d", "weight_decay", "weight_decay_1d", "betas", "betas_1d", "eps")
-_rates = itemgetter(*_RATES)
+_RATES = ("lr", "lr_1d", "weight_decay", "weight_decay_1d", "eps")
+_BETAS = ("betas", "betas_1d")
+_rates, _betas = itemgetter(*_RATES), itemgetter(*_BETAS)
 
 
 class _ByIdentity(TorchFunctionMode):
@@ -33,10 +34,11 @@ class Plan:
         self._op = op
         # without the gradients, whose memory has to go
         self._sections = [dataclasses.replace(step.section, grads=[]) for step in steps]
-        self._origins = [(step.group, step.path) for step in steps]
+        places = {id(group): i for i, group in enumerate(optimizer.param_groups)}
+        self._origins = [(places[id(step.group)], step.path) for step in steps]
         self._params = [p for section in self._sections for p in section.params]
         self._handle = kept_by_kernel(self._sections)
-        self._structure = itemgetter(*(set(optimizer.defaults) - set(_RATES)))
+        self._structure = itemgetter(*(set(optimizer.defaults) - {*_RATES, *_BETAS}))
         self._groups = [(self._structure(g), list(g["params"])) for g in optimizer.param_groups]
         states = optimizer.__dict__["state"]
         self._states = list(states), [dict(kept) for kept in states.values()]
@@ -52,13 +54,14 @@ class Plan:
             return groups == self._groups and found == self._states
 
     def _set_rates(self, optimizer):
-        rates = [_rates(group) for group in optimizer.param_groups]
+        groups = optimizer.param_groups
+        rates = [(_rates(group), *map(tuple, _betas(group))) for group in groups]
         with _ByIdentity():
             if rates == self._known_rates:
                 return
         self._known_rates = rates
-        for section, origin in zip(self._sections, self._origins, strict=True):
-            for name, value in constants_of(*origin).items():
+        for section, (i, path) in zip(self._sections, self._origins, strict=True):
+            for name, value in constants_of(groups[i], path).items():
                 setattr(section, name, value)
         self._numbers = [x for section in self._sections for x in section.numbers()]
 
@@ -70,7 +73,8 @@ class Plan:
         if len(grads) < len(self._params) or any(p.grad is not None for p in self._idle):
             return False
         self._set_rates(optimizer)
-        return call_again(self._op, self._sections, grads, self._handle, self._numbers, **scalars)
+        kept = self._sections, self._params, grads, self._handle, self._numbers
+        return call_again(self._op, *kept, **scalars)
 
 
 def _kernel(params):

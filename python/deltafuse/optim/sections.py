@@ -183,11 +183,14 @@ def kept_by_kernel(sections):
     return plan(*_lists(sections), _encoded(sections)[0])
 
 
-def call_again(op, sections, grads, handle, numbers, *, grad_scale, found_inf, seed):
+def call_again(op, sections, params, grads, handle, numbers, *, grad_scale, found_inf, seed):
     """One step with such a handle; False: these gradients need other sections, nothing is done."""
-    done = op(grads, handle, numbers, schedule_of(sections), grad_scale, found_inf, seed)
+    try:
+        done = op(grads, handle, numbers, schedule_of(sections), grad_scale, found_inf, seed)
+    except NotImplementedError:  # no kernel for the kind of tensor that a gradient is: sparse
+        return False
     if done:
-        _count_versions([p for section in sections for p in section.params])
+        _count_versions(params)
     return done
 
 
