@@ -45,6 +45,19 @@ def test_steps_and_launches(emulated, threads, name):
     assert_close(params, twins, torch.float32)
 
 
+@pytest.mark.parametrize("count, expected", [(172, 1), (174, 3), (400, 4)])
+def test_long_lists_take_a_launch_more_for_every_173_tensors(emulated, count, expected):
+    """Their table does not fit the kernel's arguments: 184 bytes a tensor, 32000 at most."""
+    params = parameters(shapes=[(2, 3)] * count)
+    optimizer = MARS(params)
+    for step in range(2):
+        for p, g in zip(params, gradients(params, step), strict=True):
+            p.grad = g
+        with emulated.profile() as launches:
+            optimizer.step()
+        assert len(launches) == expected
+
+
 @pytest.mark.parametrize("options", [{"state_bits": 8}, {"rounding": "stochastic"}], ids=str)
 def test_formats_are_those_of_the_cpu(emulated, threads, options):
     threads(1)

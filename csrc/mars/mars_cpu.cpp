@@ -4,7 +4,7 @@
 // neither on the thread count nor on what else is in the list.
 #include <atomic>
 
-#include "mars/mars_host.h"
+#include "mars/mars_plan.h"
 
 namespace df {
 using namespace cpu;
@@ -152,31 +152,60 @@ MarsScalars scalars_of(const MarsSection& x, size_t index, double step, const Op
 }
 }  // namespace
 
+// Scalars and random keys of every tensor of the call; the step counts are not written yet.
+static std::vector<MarsRandom> prepare(Work& work, const OptTensor& schedule, double scale,
+                                       uint64_t seed) {
+  std::vector<MarsRandom> random;
+  const std::vector<MarsTensor>& tensors = work.call.tensors;
+  work.scalars.reserve(tensors.size()), random.reserve(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const MarsSection& x = work.section(i);
+    const double before = work.call.steps[i] ? *work.call.steps[i] : 0;
+    const double step = std::min(before + (counts_steps(x) ? 1 : 0), kMarsMaxStep);
+    const bool same = i > 0 && tensors[i].section == tensors[i - 1].section &&
+                      uint32_t(step) == random.back().step;
+    random.push_back({seed, uint32_t(step)});
+    work.scalars.push_back(same ? work.scalars.back()
+                                : scalars_of(x, tensors[i].section, step, schedule, scale));
+  }
+  return random;
+}
+
+static void step(const MarsLists& lists, const Tensors& grads, const std::vector<int64_t>& sections,
+                 const std::vector<double>& constants, const OptTensor& schedule,
+                 const OptTensor& norms, const OptTensor& grad_scale, const OptTensor& found_inf,
+                 int64_t seed) {
+  if (found_inf && value_of(*found_inf) != 0) return;
+  Work work{mars_call(lists, grads, sections, constants), {}};
+  STD_TORCH_CHECK(lists.params.empty() || lists.params[0].is_cpu(),
+                  "mars: params must be on the CPU");
+  for (const Tensor& t : lists.state_steps)
+    STD_TORCH_CHECK(t.is_cpu(), "mars: state_steps must be on the CPU");
+  const double scale = grad_scale ? value_of(*grad_scale) : 1;
+  const std::vector<MarsRandom> random = prepare(work, schedule, scale, uint64_t(seed));
+  // nothing is changed before every tensor has been checked
+  for (size_t i = 0; i < random.size(); ++i)
+    if (counts_steps(work.section(i))) *work.call.steps[i] = float(random[i].step);
+  update(work, norms, random);
+}
+
 static void mars(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs,
                  Tensors max_exp_avg_sqs, Tensors last_grads, Tensors masters, Tensors absmaxes,
                  Tensors state_steps, std::vector<int64_t> sections, std::vector<double> constants,
                  OptTensor schedule, OptTensor norms, OptTensor grad_scale, OptTensor found_inf,
                  int64_t seed) {
-  if (found_inf && value_of(*found_inf) != 0) return;
-  const MarsLists lists{params,     grads,   exp_avgs, exp_avg_sqs, max_exp_avg_sqs,
-                        last_grads, masters, absmaxes, state_steps};
-  Work work{mars_call(lists, sections, constants), {}};
-  STD_TORCH_CHECK(params.empty() || params[0].is_cpu(), "mars: params must be on the CPU");
-  const double scale = grad_scale ? value_of(*grad_scale) : 1;
-  std::vector<MarsRandom> random;
-  for (size_t i = 0; i < work.call.tensors.size(); ++i) {
-    const MarsTensor& t = work.call.tensors[i];
-    const MarsSection& x = work.section(i);
-    const double before = work.call.steps[i] ? value_of(*work.call.steps[i]) : 0;
-    const double step = std::min(before + (counts_steps(x) ? 1 : 0), kMarsMaxStep);
-    work.scalars.push_back(scalars_of(x, t.section, step, schedule, scale));
-    random.push_back({uint64_t(seed), uint32_t(step)});
-  }
-  // nothing is changed before every tensor has been checked
-  for (size_t i = 0; i < random.size(); ++i)
-    if (counts_steps(work.section(i)))
-      *static_cast<float*>(work.call.steps[i]->data_ptr()) = float(random[i].step);
-  update(work, norms, random);
+  const MarsLists lists{std::move(params),          std::move(exp_avgs),   std::move(exp_avg_sqs),
+                        std::move(max_exp_avg_sqs), std::move(last_grads), std::move(masters),
+                        std::move(absmaxes),        std::move(state_steps)};
+  step(lists, grads, sections, constants, schedule, norms, grad_scale, found_inf, seed);
+}
+
+static bool planned(Tensors grads, Tensor plan, std::vector<double> constants, OptTensor schedule,
+                    OptTensor grad_scale, OptTensor found_inf, int64_t seed) {
+  const MarsPlan& known = mars_plan_of(plan);
+  if (!mars_fits(known, grads)) return false;
+  step(known.lists, grads, known.sections, constants, schedule, {}, grad_scale, found_inf, seed);
+  return true;
 }
 
 static Tensor squares(Tensors grads, Tensors last_grads, Tensors absmaxes,
@@ -198,5 +227,7 @@ static Tensor squares(Tensors grads, Tensors last_grads, Tensors absmaxes,
 
 DF_IMPL(CPU, m) {
   m.impl("mars_", TORCH_BOX(&df::mars));
+  m.impl("mars_plan", TORCH_BOX(&df::mars_plan));
+  m.impl("mars_planned_", TORCH_BOX(&df::planned));
   m.impl("mars_squares", TORCH_BOX(&df::squares));
 }

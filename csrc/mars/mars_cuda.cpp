@@ -1,6 +1,6 @@
 #include "common/cuda_shim.h"
-#include "mars/mars_host.h"
 #include "mars/mars_launch.h"
+#include "mars/mars_plan.h"
 
 namespace df::cuda {
 namespace {
@@ -75,7 +75,7 @@ Plan make_plan(const MarsCall& call, bool wide, bool update, bool own_norms) {
     const MarsSection& x = call.sections[t.section];
     MarsEntry e{};
     e.tensor = t;
-    if (update && call.steps[i]) e.step = static_cast<float*>(call.steps[i]->data_ptr());
+    if (update) e.step = call.steps[i];
     e.counts_steps = counts_steps(x);
     e.chunks = int32_t((t.n + kMarsChunk - 1) / kMarsChunk);
     e.norm = !update || (own_norms && x.corrected && std::isfinite(x.clip));
@@ -102,34 +102,51 @@ Tensor make_workspace(const Plan& plan, const Tensor& like) {
 }
 }  // namespace
 
-static void mars(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs,
-                 Tensors max_exp_avg_sqs, Tensors last_grads, Tensors masters, Tensors absmaxes,
-                 Tensors state_steps, std::vector<int64_t> sections, std::vector<double> constants,
-                 OptTensor schedule, OptTensor norms, OptTensor grad_scale, OptTensor found_inf,
+static void step(const MarsLists& lists, const Tensors& grads, const std::vector<int64_t>& sections,
+                 const std::vector<double>& constants, const OptTensor& schedule,
+                 const OptTensor& norms, const OptTensor& grad_scale, const OptTensor& found_inf,
                  int64_t seed) {
-  const MarsLists lists{params,     grads,   exp_avgs, exp_avg_sqs, max_exp_avg_sqs,
-                        last_grads, masters, absmaxes, state_steps};
-  const MarsCall call = mars_call(lists, sections, constants);
-  if (params.empty()) return;
-  const Tensor& like = params[0];
-  check_device("params", params, like);
-  check_device("absmaxes", absmaxes, like);
-  check_device("state_steps", state_steps, like);
+  const MarsCall call = mars_call(lists, grads, sections, constants);
+  if (lists.params.empty()) return;
+  const Tensor& like = lists.params[0];
+  check_device("params", lists.params, like);
+  check_device("absmaxes", lists.absmaxes, like);
+  check_device("state_steps", lists.state_steps, like);
   for (bool wide : {false, true}) {
     Plan plan = make_plan(call, wide, true, !norms);
     if (plan.launch.tensors == 0) continue;
     plan.launch.grad_scale = number("grad_scale", grad_scale, like);
     plan.launch.found_inf = number("found_inf", found_inf, like);
     plan.launch.schedule = doubles("schedule", schedule, 3 * call.sections.size(), like);
-    plan.launch.norms = doubles("norms", norms, params.size(), like);
+    plan.launch.norms = doubles("norms", norms, lists.params.size(), like);
     plan.launch.seed = uint64_t(seed);
     const Tensor workspace = make_workspace(plan, like);
     plan.launch.workspace = workspace.mutable_data_ptr();
-    Launch launch(workspace, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, last_grads,
-                  masters, absmaxes, state_steps, schedule, norms, grad_scale, found_inf);
+    Launch launch(workspace, lists.params, grads, lists.exp_avgs, lists.exp_avg_sqs,
+                  lists.max_exp_avg_sqs, lists.last_grads, lists.masters, lists.absmaxes,
+                  lists.state_steps, schedule, norms, grad_scale, found_inf);
     mars_cuda(plan.launch, plan.table.data(), wide, launch.stream());
     launch.check();
   }
+}
+
+static void mars(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs,
+                 Tensors max_exp_avg_sqs, Tensors last_grads, Tensors masters, Tensors absmaxes,
+                 Tensors state_steps, std::vector<int64_t> sections, std::vector<double> constants,
+                 OptTensor schedule, OptTensor norms, OptTensor grad_scale, OptTensor found_inf,
+                 int64_t seed) {
+  const MarsLists lists{std::move(params),          std::move(exp_avgs),   std::move(exp_avg_sqs),
+                        std::move(max_exp_avg_sqs), std::move(last_grads), std::move(masters),
+                        std::move(absmaxes),        std::move(state_steps)};
+  step(lists, grads, sections, constants, schedule, norms, grad_scale, found_inf, seed);
+}
+
+static bool planned(Tensors grads, Tensor plan, std::vector<double> constants, OptTensor schedule,
+                    OptTensor grad_scale, OptTensor found_inf, int64_t seed) {
+  const MarsPlan& known = mars_plan_of(plan);
+  if (!mars_fits(known, grads)) return false;
+  step(known.lists, grads, known.sections, constants, schedule, {}, grad_scale, found_inf, seed);
+  return true;
 }
 
 static Tensor squares(Tensors grads, Tensors last_grads, Tensors absmaxes,
@@ -160,5 +177,7 @@ static Tensor squares(Tensors grads, Tensors last_grads, Tensors absmaxes,
 
 DF_IMPL(DF_CUDA, m) {
   m.impl("mars_", TORCH_BOX(&df::cuda::mars));
+  m.impl("mars_plan", TORCH_BOX(&df::mars_plan));
+  m.impl("mars_planned_", TORCH_BOX(&df::cuda::planned));
   m.impl("mars_squares", TORCH_BOX(&df::cuda::squares));
 }

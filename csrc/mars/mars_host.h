@@ -24,7 +24,7 @@ enum SectionFlag {
 };
 
 struct MarsLists {  // a section's tensors follow those of the section before, where it has such
-  Tensors params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, last_grads, masters, absmaxes,
+  Tensors params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, last_grads, masters, absmaxes,
       state_steps;
 };
 
@@ -33,7 +33,7 @@ struct MarsCall {
   std::vector<bool> amsgrad;    // of each section
   std::vector<int64_t> counts;  // tensors of each section
   std::vector<MarsTensor> tensors;
-  std::vector<OptTensor> steps;  // of each tensor
+  std::vector<float*> steps;  // of each tensor; null: nothing depends on it
 };
 
 inline MarsCall mars_sections(const std::vector<int64_t>& ints,
@@ -74,24 +74,41 @@ inline bool counts_steps(const MarsSection& x) {
   return x.rule != MarsRule::given;
 }
 
+// What tensors are compared with; read once, since calls of torch's shim add up in long lists.
+struct Layout {
+  torch::headeronly::IntHeaderOnlyArrayRef sizes, strides;
+  bool is_cpu = true;
+  Layout() = default;
+  explicit Layout(const Tensor& t) : sizes(t.sizes()), strides(t.strides()), is_cpu(t.is_cpu()) {}
+  bool holds_for(const Tensor& t) const {  // strides where they matter
+    if (t.is_cpu() != is_cpu || t.sizes() != sizes) return false;
+    const auto found = t.strides();
+    for (size_t d = 0; d < sizes.size(); ++d)
+      if (found[d] != strides[d] && sizes[d] != 1) return false;
+    return true;
+  }
+};
+
 // Draws a section's tensors from the lists, in order, and checks that they go with their parameter.
 class MarsReader {
  public:
-  explicit MarsReader(const MarsLists& lists) : lists_(lists) {}
+  MarsReader(const MarsLists& lists, const Tensors& grads) : lists_(lists), all_grads_(grads) {}
 
   MarsTensor next(const MarsSection& x, bool amsgrad, int32_t section) {
-    p_ = &take("params", lists_.params, params_);
-    step_.reset();
-    STD_TORCH_CHECK(is_dense(*p_), "mars: ", name("params"), " must be dense");
+    const Tensor& p = take("params", lists_.params, params_);
+    layout_ = Layout(p);
+    step_ = nullptr;
+    STD_TORCH_CHECK(is_dense(p), "mars: ", name("params"), " must be dense");
     MarsTensor t{};
-    t.n = p_->numel(), t.section = section, t.number = uint32_t(params_ - 1);
-    t.p = {p_->data_ptr(), dtype(*p_)};
-    const Tensor& g = like_p("grads", lists_.grads, grads_);
+    t.n = n_ = p.numel(), t.section = section, t.number = uint32_t(params_ - 1);
+    t.p = {p.data_ptr(), type_ = dtype(p)};
+    const Tensor& g = like_p("grads", all_grads_, grads_);
     t.g = g.const_data_ptr(), t.g_type = dtype(g);
     if (counts_steps(x) || x.stochastic) {
-      step_ = take("state_steps", lists_.state_steps, steps_);
-      STD_TORCH_CHECK(step_->numel() == 1 && step_->scalar_type() == ScalarType::Float,
+      const Tensor& step = take("state_steps", lists_.state_steps, steps_);
+      STD_TORCH_CHECK(step.numel() == 1 && step.scalar_type() == ScalarType::Float,
                       "mars: ", name("state_steps"), " must be one float32");
+      step_ = static_cast<float*>(step.data_ptr());
     }
     if (x.rule == MarsRule::given) return master(x, t);
     t.m = state("exp_avgs", lists_.exp_avgs, moments_);
@@ -100,10 +117,10 @@ class MarsReader {
     if (x.corrected) t.h = array(like_p("last_grads", lists_.last_grads, last_));
     return master(x, t);
   }
-  // Of the tensor that next() returned; none where nothing depends on it.
-  const OptTensor& step() const { return step_; }
+  // Of the tensor that next() returned; null where nothing depends on it.
+  float* step() const { return step_; }
   bool done() const {
-    return params_ == lists_.params.size() && grads_ == lists_.grads.size() &&
+    return params_ == lists_.params.size() && grads_ == all_grads_.size() &&
            moments_ == lists_.exp_avgs.size() && squares_ == lists_.exp_avg_sqs.size() &&
            maxima_ == lists_.max_exp_avg_sqs.size() && last_ == lists_.last_grads.size() &&
            masters_ == lists_.masters.size() && absmaxes_ == lists_.absmaxes.size() &&
@@ -120,15 +137,13 @@ class MarsReader {
   }
   const Tensor& like_p(const char* list, const Tensors& tensors, size_t& at) {
     const Tensor& t = take(list, tensors, at);
-    bool same = t.is_cpu() == p_->is_cpu() && t.dim() == p_->dim();
-    for (int64_t d = 0; same && d < t.dim(); ++d)
-      same = t.size(d) == p_->size(d) && (t.size(d) == 1 || t.stride(d) == p_->stride(d));
-    STD_TORCH_CHECK(same || (t.numel() == 0 && p_->numel() == 0), "mars: ", name(list),
+    STD_TORCH_CHECK(layout_.holds_for(t) || (t.numel() == 0 && n_ == 0), "mars: ", name(list),
                     " must have its shape, strides and device");
     return t;
   }
   MarsArray array(const Tensor& t) {
-    if (t.scalar_type() != ScalarType::Byte) return {t.data_ptr(), dtype(t)};
+    const bool codes = t.element_size() == 1 && t.scalar_type() == ScalarType::Byte;
+    if (!codes) return {t.data_ptr(), dtype(t)};
     const Tensor& factors = take("absmaxes", lists_.absmaxes, absmaxes_);
     STD_TORCH_CHECK(factors.numel() == (t.numel() + kMarsQuantum - 1) / kMarsQuantum &&
                         factors.scalar_type() == ScalarType::Float,
@@ -137,23 +152,22 @@ class MarsReader {
     return {t.data_ptr(), DType::f32, static_cast<float*>(factors.data_ptr())};
   }
   MarsArray state(const char* list, const Tensors& tensors, size_t& at) {
-    const Tensor& t = like_p(list, tensors, at);
-    const bool wide = t.scalar_type() == compute_type(*p_);
+    const MarsArray a = array(like_p(list, tensors, at));
+    const bool wide = type_ == DType::f64;
     STD_TORCH_CHECK(
-        wide || (p_->scalar_type() != ScalarType::Double &&
-                 (t.scalar_type() == ScalarType::BFloat16 || t.scalar_type() == ScalarType::Byte)),
+        wide ? !a.absmax && a.type == DType::f64 : a.type == DType::f32 || a.type == DType::bf16,
         "mars: ", name(list),
         " must be float32, bfloat16 or uint8, or float64 for a float64 parameter");
-    return array(t);
+    return a;
   }
   MarsTensor& master(const MarsSection& x, MarsTensor& t) {
-    STD_TORCH_CHECK(!x.stochastic || p_->scalar_type() == ScalarType::BFloat16,
+    STD_TORCH_CHECK(!x.stochastic || type_ == DType::bf16,
                     "mars: stochastic rounding needs bfloat16 parameters");
     if (x.master == MarsMaster::none) return t;
     const bool split = x.master == MarsMaster::split16;
     const Tensor& m = like_p("masters", lists_.masters, masters_);
     STD_TORCH_CHECK(m.scalar_type() == (split ? ScalarType::Short : ScalarType::Float) &&
-                        (!split || p_->scalar_type() == ScalarType::BFloat16),
+                        (!split || type_ == DType::bf16),
                     "mars: ", name("masters"),
                     " must be float32, or the int16 low halves of a bfloat16 one");
     t.master = m.data_ptr();
@@ -161,16 +175,20 @@ class MarsReader {
   }
 
   const MarsLists& lists_;
-  const Tensor* p_ = nullptr;
-  OptTensor step_;
+  const Tensors& all_grads_;
+  // of the parameter that next() is at
+  Layout layout_;
+  int64_t n_ = 0;
+  DType type_ = DType::f32;
+  float* step_ = nullptr;
   size_t params_ = 0, grads_ = 0, moments_ = 0, squares_ = 0, maxima_ = 0, last_ = 0, masters_ = 0,
          absmaxes_ = 0, steps_ = 0;
 };
 
-inline MarsCall mars_call(const MarsLists& lists, const std::vector<int64_t>& ints,
-                          const std::vector<double>& numbers) {
+inline MarsCall mars_call(const MarsLists& lists, const Tensors& grads,
+                          const std::vector<int64_t>& ints, const std::vector<double>& numbers) {
   MarsCall call = mars_sections(ints, numbers);
-  MarsReader reader(lists);
+  MarsReader reader(lists, grads);
   for (size_t s = 0; s < call.sections.size(); ++s)
     for (int64_t i = 0; i < call.counts[s]; ++i) {
       call.tensors.push_back(reader.next(call.sections[s], call.amsgrad[s], int32_t(s)));

@@ -3,7 +3,7 @@
 import torch
 
 from .. import _library
-from ..optim import MARS
+from ..optim import MARS, mars_reference_
 from .case import Benchmark, Case
 
 CHECK = {"layers": 1, "width": 96, "vocabulary": 257, "context": 65}
@@ -58,6 +58,25 @@ def by_reference(optimizer):
     return step
 
 
+def tensor_by_tensor(function, params, **options):
+    """A step of mars_reference_, as it is or compiled, on one parameter after another.
+
+    Of the whole list torch.compile would make one program, for minutes.
+    """
+    states = []
+    for p in params:
+        m, v, h = (torch.zeros_like(p) for _ in range(3))
+        states.append(([m], [v], [h] if p.ndim == 2 else [], [], [p.new_zeros(())]))
+
+    @torch.no_grad()
+    def step():
+        for p, state in zip(params, states, strict=True):
+            # not the Parameter: torch.compile takes each one's shape for a constant
+            function([p.detach()], [p.grad], *state, **options)
+
+    return step
+
+
 def mars_case(shape, device):
     params = parameters(shape, device)
     options = dict(lr=1e-4, weight_decay=0.1)
@@ -74,6 +93,7 @@ def mars_case(shape, device):
         reference=by_reference(oracle),
         baselines=baselines,
         check=lambda: updates(lambda: parameters(CHECK, device), 1e-4),
+        compiled=lambda wrap: tensor_by_tensor(wrap(mars_reference_), params, **options),
     )
 
 

@@ -11,6 +11,10 @@ __all__ = ["mars_", "mars_norm_", "mars_reference_"]
 
 _library.register("mars_", lambda *args: None)
 _library.register(
+    "mars_plan", lambda params, *args: torch.empty(0, dtype=torch.uint8, device="cpu")
+)
+_library.register("mars_planned_", lambda *args: True)
+_library.register(
     "mars_squares", lambda grads, *args: grads[0].new_empty(len(grads), dtype=torch.float64)
 )
 

@@ -24,6 +24,7 @@ from .paths import (
     places,
     uses_loop,
 )
+from .plan import plan_of
 from .sections import run
 from .step import FILLED, GroupStep, norms_of
 
@@ -131,9 +132,22 @@ class MARS(Optimizer):
         defaults["seed"] = (torch.initial_seed() if seed is None else seed) & (1 << 63) - 1
         self._stolen = {}
         self._places = {}
+        self._plan = None
         self._loading = None
         self._warned = False
         super().__init__(params, defaults)
+
+    @property
+    def state(self):
+        """{parameter: its state}. Whoever looks may replace tensors, whose memory then has to go:
+        the plan, which holds them, is made again in the next step."""
+        self._plan = None
+        return self.__dict__["state"]
+
+    @state.setter
+    def state(self, value):
+        self._plan = None
+        self.__dict__["state"] = value
 
     def add_param_group(self, param_group):
         """As in torch.optim; duplicates and bad hyper-parameters raise, nothing is added then."""
@@ -159,7 +173,7 @@ class MARS(Optimizer):
     def __setstate__(self, state_dict):
         before = self.__dict__.get("param_groups")
         super().__setstate__(state_dict)
-        self._stolen, self._places = {}, {}
+        self._stolen, self._places, self._plan = {}, {}, None
         self._warned = True
         for i, group in enumerate(self.param_groups):
             known = before[i] if before else self.defaults
@@ -200,12 +214,13 @@ class MARS(Optimizer):
         """Fills the lists with the group's parameters on that path, and creates missing state."""
         lists = dict(zip(FILLED, filled, strict=True))
         arrays = moments_of(group, path)
+        states = self.state
         for i in self._placed(group)[path]:
             p = group["params"][i]
             if p.grad is None:
                 continue
             check_step(group, i, p)
-            kept = self.state[p]
+            kept = states[p]
             if "step" not in kept:
                 kept["step"] = torch.zeros((), dtype=torch.float32, device=step_device(p))
             for name in arrays:
@@ -280,20 +295,26 @@ class MARS(Optimizer):
         found_inf = getattr(self, "found_inf", None)
         if self._must_skip(found_inf):
             return
+        grad_scale = getattr(self, "grad_scale", None)
+        options = dict(found_inf=found_inf, seed=self.param_groups[0]["seed"])
+        if torch.compiler.is_compiling():
+            self._full_step(grad_scale, options)
+        elif self._plan is None or not self._plan.step(self, grad_scale=grad_scale, **options):
+            steps, norms = self._full_step(grad_scale, options)
+            self._plan = plan_of(self, steps, norms)
+
+    def _full_step(self, grad_scale, options):
+        """A step from scratch; returns its parts."""
         steps = [GroupStep(self, group, path) for group in self.param_groups for path in PATHS]
         steps = [step for step in steps if step.section.params]
-        grad_scale = getattr(self, "grad_scale", None)
-        options = dict(
-            found_inf=found_inf,
-            seed=self.param_groups[0]["seed"],
-            loop=any(uses_loop(group) for group in self.param_groups),
-        )
+        options["loop"] = any(uses_loop(group) for group in self.param_groups)
         norms = norms_of(steps, grad_scale)
         run([step.section for step in steps], norms=norms, grad_scale=grad_scale, **options)
         run([section for step in steps for section in step.matrix_updates()], **options)
         for step in steps:
             step.finish()
         self._steal()
+        return steps, norms
 
     def _must_skip(self, found_inf):
         """Whether nothing at all may happen; looks at values only for the options that need it."""

@@ -152,20 +152,46 @@ def _run(sections, norms, grad_scale, found_inf, seed, loop):
     if op is None:
         reference.run(sections, norms, grad_scale, found_inf, seed)
         return
-    lists = [[t for section in sections for t in getattr(section, name)] for name in LISTS]
+    integers, numbers = _encoded(sections)
+    params, *states = _lists(sections)
+    grads = [g for section in sections for g in section.grads]
+    scalars = schedule_of(sections), norms, grad_scale, found_inf, seed
+    op(params, grads, *states, integers, numbers, *scalars)
+    _count_versions(params)
+
+
+def _lists(sections):
+    """The operator's lists but the gradients, in its order."""
+    lists = [
+        [t for section in sections for t in getattr(section, name)]
+        for name in LISTS
+        if name != "grads"
+    ]
     steps = [t for section in sections for t in section.state_steps]
-    absmaxes = _absmaxes(sections, LISTS)
-    op(
-        *lists,
-        absmaxes,
-        steps,
-        *_encoded(sections),
-        schedule_of(sections),
-        norms,
-        grad_scale,
-        found_inf,
-        seed,
-    )
+    return *lists, _absmaxes(sections, LISTS), steps
+
+
+def _count_versions(params):
+    """As any operation in place: autograd then notices a backward that needs the old values."""
+    if not torch.compiler.is_compiling():  # compiled code counts by itself
+        torch.autograd.graph.increment_version(params)
+
+
+def kept_by_kernel(sections):
+    """A handle on the kernel's side for everything but the gradients and numbers of a step."""
+    plan = _library.kernel("mars_plan", sections[0].params[0])
+    return plan(*_lists(sections), _encoded(sections)[0])
+
+
+def call_again(op, sections, params, grads, handle, numbers, *, grad_scale, found_inf, seed):
+    """One step with such a handle; False: these gradients need other sections, nothing is done."""
+    try:
+        done = op(grads, handle, numbers, schedule_of(sections), grad_scale, found_inf, seed)
+    except NotImplementedError:  # no kernel for the kind of tensor that a gradient is: sparse
+        return False
+    if done:
+        _count_versions(params)
+    return done
 
 
 def squares(sections, grad_scale=None):

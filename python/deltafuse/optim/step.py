@@ -1,5 +1,7 @@
 """One step of one path of a group: tensors to a section, and back."""
 
+from operator import is_
+
 import torch
 
 from . import matrix, sharded
@@ -24,6 +26,7 @@ class GroupStep:
         optimizer._init_group(group, path, *filled)
         lists = dict(zip(FILLED, filled, strict=True))
         lists["absmaxes"] = _by_tensor(lists)
+        self._given = {name: lists[name] for name in ("params", "grads", "last_grads")}
         if group["nonfinite"] == "skip_tensor":
             lists = _only_finite(lists)
         self.whole = lists["params"]  # DTensors as they are
@@ -40,6 +43,13 @@ class GroupStep:
             lists["params"] = [torch.empty_like(p, dtype=self._dtype(p)) for p in self.targets]
             lists["masters"] = []
         self.section = Section(**lists, **constants_of(group, path))
+
+    def is_plain(self):
+        """Whether the kernel gets the parameters, gradients and state themselves."""
+        return all(
+            all(map(is_, tensors, getattr(self.section, name)))
+            for name, tensors in self._given.items()
+        )
 
     def _dtype(self, p):
         """Of the direction: what the products of Newton-Schulz start from."""
