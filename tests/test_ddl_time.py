@@ -58,6 +58,19 @@ def test_without_a_state(device, name):
     compare(lambda *t: function(*t, **{option: False}), x)
 
 
+@each_op
+def test_without_sequences(device, name):
+    function, make, shape, count = OPS[name]
+    option = {"output_cache" if name == "shift" else "output_final_state": False}
+    none = [t.to(device) for t in make((0, 5, *shape[2:]))[:count]]
+    (y,), grads = compare(lambda *t: function(*t, **option), none)
+    assert y.shape[:2] == (0, 5) and all(d.eq(0).all() for d in grads)
+    padding = [t.to(device) for t in make((1, 5, *shape[2:]))[:count]]
+    offsets = torch.tensor([0], device=device)
+    (y,), grads = compare(lambda *t: function(*t, None, offsets, **option), padding)
+    assert y.eq(0).all() and all(d.eq(0).all() for d in grads)
+
+
 MIXED = {
     "float32 state": (torch.float32, torch.bfloat16),
     "bfloat16 state": (torch.bfloat16, torch.float32),

@@ -180,6 +180,19 @@ def test_cuda_graph(name):
     assert all(map(torch.equal, outputs, expected))
 
 
+@pytest.mark.cuda
+def test_more_than_2_31_elements():
+    if not torch.cuda.is_available() or torch.cuda.mem_get_info()[0] < 12 << 30:
+        pytest.skip("no GPU with 12 GB")
+    T, d, dv = (1 << 21) + 3, 256, 4
+    x = torch.zeros(1, T, d, dv, dtype=torch.bfloat16, device="cuda")
+    x[0, -4:] = normal(4, d, dv)
+    weight, read = normal(d * dv, 4).cuda(), normal(dv).cuda()
+    y = ddl_compress_tc(x, weight, read)
+    assert torch.equal(y[:, -4:], ddl_compress_tc(x[:, -4:], weight, read))
+    assert y[:, :-4].eq(0).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64], ids=str)
 def test_float64_on_cuda_is_the_reference(emulated, dtype):
     x = make_tc((1, 5, 3, 2, 4), dtype)

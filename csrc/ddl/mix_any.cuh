@@ -33,15 +33,19 @@ __device__ inline float mix_tap(const MixShape& s, const void* w, int64_t k, int
   return static_cast<const float*>(w)[k * s.channels() + c];
 }
 
-struct MixChunk {
+struct MixPlace {  // tokens [begin, end) of row b, of a thread's features
   int64_t b, chunk, begin, end, feature;
 };
-__device__ inline MixChunk mix_any_place(const MixShape& s, int64_t chunk) {
-  const int64_t columns = (s.d + kMixThreads - 1) / kMixThreads;
+// Of `threads` threads along the features, `width` of them each.
+__device__ inline MixPlace mix_place(const MixShape& s, int64_t chunk, int64_t threads, int width) {
+  const int64_t columns = (threads + kMixThreads - 1) / kMixThreads;
   const int64_t per_row = (s.T + chunk - 1) / chunk, i = blockIdx.x / columns;
-  const int64_t begin = i % per_row * chunk;
-  return {i / per_row, i, begin, begin + chunk < s.T ? begin + chunk : s.T,
-          int64_t(blockIdx.x % columns * kMixThreads + threadIdx.x)};
+  MixPlace at;
+  at.b = i / per_row, at.chunk = i;
+  at.begin = i % per_row * chunk;
+  at.end = at.begin + chunk < s.T ? at.begin + chunk : s.T;
+  at.feature = (blockIdx.x % columns * kMixThreads + threadIdx.x) * width;
+  return at;
 }
 
 template <class E>
@@ -49,7 +53,7 @@ __global__ void __launch_bounds__(kMixThreads)
     mix_fwd_any_kernel(const __grid_constant__ MixFwdArgs p,
                        const __grid_constant__ Offsets offsets, int64_t chunk) {
   const MixShape& s = p.shape;
-  const MixChunk at = mix_any_place(s, chunk);
+  const MixPlace at = mix_place(s, chunk, s.d, 1);
   if (at.feature >= s.d) return;
   for (int64_t t = at.begin; t < at.end; ++t) {
     const Span span = span_of(offsets, at.b, t);
@@ -75,7 +79,7 @@ __global__ void __launch_bounds__(kMixThreads)
     mix_bwd_any_kernel(const __grid_constant__ MixBwdArgs p,
                        const __grid_constant__ Offsets offsets, float* partial, int64_t chunk) {
   const MixShape& s = p.shape;
-  const MixChunk at = mix_any_place(s, chunk);
+  const MixPlace at = mix_place(s, chunk, s.d, 1);
   if (at.feature >= s.d) return;
   const auto put = [&](const Span& span, int64_t t, int64_t in, float d) {
     const int64_t slot = t - span.last + s.K - 1;

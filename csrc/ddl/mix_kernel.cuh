@@ -1,6 +1,6 @@
 // The two convolutions over time of mix.h, for d_v in 1, 2, 4, 8, K <= 4 and aligned rows:
-//   read-out   y_{t,i}  = sum_j (sum_s w_{s,ij} x_{t-s,ij}),   expansion   y_{t,ij} = sum_s
-//   w_{s,ij} x_{t-s,i}
+//   read-out    y_{t,i}  = sum_j (sum_s w_{s,ij} x_{t-s,ij})
+//   expansion   y_{t,ij} = sum_s w_{s,ij} x_{t-s,i}
 // and, at input position t with g = dy (zero outside the sequence):
 //   dx_t = sum_s w_s g_{t+s} (summed over j for an expansion),   dw_s += g_{t+s} x_t
 //
@@ -13,8 +13,8 @@
 // 208 backward (d_v = 1 in 16 bits; else 184).
 // Bytes a token and feature: e (d_v + 1) forward, e (2 d_v + 1) or e (d_v + 2) backward, with e
 // bytes an element. A chunk adds its taps and K - 1 rows from L2 (7 % of the accesses for 128
-// tokens of bfloat16, d_v = 4), backward also partial sums to HBM (3 % for 256 tokens). FLOPs: 2 K
-// d_v, backward 4 K d_v: 0.8 to 3.2 a byte, so HBM bounds it.
+// tokens of bfloat16, d_v = 4), backward also partial sums to HBM (3 % for 256 tokens). FLOPs:
+// 2 K d_v, backward 4 K d_v: 1 to 4 a byte, so HBM bounds it.
 //
 // A product-sum is rounded in the same places in every variant (mix_any.cuh is the other one), so
 // that results do not depend on alignment, chunks or what else is in the batch.
@@ -34,20 +34,6 @@ struct MixConfig {
   static constexpr int kWide = kFeatures * kDv;
   static constexpr int kIn = kExpand ? kFeatures : kWide, kOut = kExpand ? kWide : kFeatures;
 };
-
-struct MixPlace {  // of a thread
-  int64_t b, chunk, begin, end, feature;
-};
-__device__ inline MixPlace mix_place(const MixShape& s, int64_t chunk, int64_t threads, int width) {
-  const int64_t columns = (threads + kMixThreads - 1) / kMixThreads;
-  const int64_t per_row = (s.T + chunk - 1) / chunk, i = blockIdx.x / columns;
-  MixPlace at;
-  at.b = i / per_row, at.chunk = i;
-  at.begin = i % per_row * chunk;
-  at.end = at.begin + chunk < s.T ? at.begin + chunk : s.T;
-  at.feature = (blockIdx.x % columns * kMixThreads + threadIdx.x) * width;
-  return at;
-}
 
 // Taps of kCount neighbouring channels; those beyond K are not touched.
 template <int kTaps, int kCount>

@@ -3,8 +3,8 @@
 Each is a raw operator pair (forward, backward) and a public function that checks, brings the
 arguments into the raw shape, and falls back on the reference. The raw operators of the two
 convolutions take their taps as one tensor [K, d, d_v] in the compute dtype, the tap of the current
-token first: what a read-out vector does to the taps is left to autograd. float64 tensors on CUDA run
-the reference.
+token first: what a read-out vector does to the taps is left to autograd. float64 tensors on CUDA
+run the reference.
 """
 
 import torch
@@ -173,8 +173,8 @@ def ddl_compress_tc(
 
     Args:
         x: [B, T, d, d_v], 1 <= d_v <= 16, float32, bfloat16, float16 or float64; computed in
-            float32 (float64 for float64, which on CUDA runs the reference). Tokens whose d * d_v numbers are contiguous are read in
-            place, another layout is copied.
+            float32 (float64 for float64, which on CUDA runs the reference). Tokens whose d * d_v
+            numbers are contiguous are read in place, another layout is copied.
         weight: [d * d_v, K], K >= 1, any float dtype; weight[:, K - 1] multiplies the current
             token.
         read: [d_v], any float dtype.

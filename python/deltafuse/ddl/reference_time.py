@@ -23,13 +23,10 @@ def spans_of(x, cu_seqlens):
 
 def _joined(outputs, x, cu_seqlens):
     """One [B, T, ...] from an output for each sequence; tokens behind the last one are zero."""
-    if not outputs:
-        return None
-    if cu_seqlens is None:
-        return torch.stack(outputs)
-    covered = sum(len(y) for y in outputs)
-    padding = outputs[0].new_zeros(x.shape[1] - covered, *outputs[0].shape[1:])
-    return torch.cat([*outputs, padding])[None]
+    y = torch.cat(outputs)
+    if cu_seqlens is not None:
+        y = torch.cat([y, y.new_zeros(x.shape[1] - len(y), *y.shape[1:])])
+    return y.reshape(*x.shape[:2], *y.shape[1:])
 
 
 def _windows(x, K, cu_seqlens, initial_state):
@@ -47,8 +44,10 @@ def _windows(x, K, cu_seqlens, initial_state):
         empty = wide.new_zeros(0, x.shape[2], K)
         windows.append(wide.unfold(0, K, 1) if end > begin else empty)
         states.append(inputs[end - begin :].T)
-    final = torch.stack(states) if states else x.new_zeros(0, x.shape[2], K - 1)
-    return windows, final
+    if not windows:  # no sequence: one without tokens keeps the graph
+        nothing = x.flatten(0, 1)[:0, :, None].expand(-1, -1, K).to(compute_dtype(x))
+        return [nothing], x.new_zeros(0, x.shape[2], K - 1)
+    return windows, torch.stack(states)
 
 
 def naive_compress_tc(x, weight, read, cu_seqlens=None, initial_state=None):
@@ -64,8 +63,7 @@ def naive_compress_tc(x, weight, read, cu_seqlens=None, initial_state=None):
     for window in windows:
         mixed = torch.einsum("tijk,ijk->tij", window.unflatten(1, (d, dv)), taps)
         outputs.append(torch.einsum("tij,j->ti", mixed, read.to(dtype)).to(x.dtype))
-    y = _joined(outputs, x, cu_seqlens)
-    return x.new_zeros(*x.shape[:3]) if y is None else y, final
+    return _joined(outputs, x, cu_seqlens), final
 
 
 def naive_expand(x, weight, value_channels, cu_seqlens=None, initial_state=None):
@@ -78,8 +76,7 @@ def naive_expand(x, weight, value_channels, cu_seqlens=None, initial_state=None)
     windows, final = _windows(x, weight.shape[2], cu_seqlens, initial_state)
     taps = weight.to(dtype).squeeze(1).unflatten(0, (d, value_channels))
     outputs = [torch.einsum("tik,ijk->tij", window, taps).to(x.dtype) for window in windows]
-    y = _joined(outputs, x, cu_seqlens)
-    return x.new_zeros(*x.shape, value_channels) if y is None else y, final
+    return _joined(outputs, x, cu_seqlens), final
 
 
 def naive_token_shift(x, prev_weight, curr_weight, cu_seqlens=None, cache=None):
@@ -97,6 +94,8 @@ def naive_token_shift(x, prev_weight, curr_weight, cu_seqlens=None, cache=None):
         previous, current = (w[b, begin:end, :, None].to(dtype) for w in (prev_weight, curr_weight))
         outputs.append((previous * wide[:-1] + current * wide[1:]).to(x.dtype))
         states.append(inputs[-1])
-    y = _joined(outputs, x, cu_seqlens)
-    final = torch.stack(states) if states else x.new_zeros(0, *x.shape[2:])
-    return x.new_zeros(x.shape) if y is None else y, final
+    if not outputs:  # no sequence: one without tokens keeps the graph
+        weights = (prev_weight + curr_weight).flatten(0, 1)[:0, :, None]
+        nothing = (weights * x.flatten(0, 1)[:0]).to(x.dtype)
+        return _joined([nothing], x, cu_seqlens), x.new_zeros(0, *x.shape[2:])
+    return _joined(outputs, x, cu_seqlens), torch.stack(states)
