@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from deltafuse import _library
 from deltafuse.gated_delta import causal_conv1d, causal_conv1d_update
@@ -147,6 +148,14 @@ def test_gradcheck(activation, threads):
     offsets = torch.tensor([0, 2, 2, 7])
     x = [t.requires_grad_() for t in make((1, 8, 3, 4), torch.float64, states=3)]
     assert torch.autograd.gradcheck(lambda *t: conv(*t, offsets, activation), x)
+
+
+def test_activation_checkpointing():
+    """It recomputes the saved tensors at the first look, and refuses a second one."""
+    x = [t.requires_grad_() for t in make((2, 9, 5, 4), torch.float32)[:3]]
+    wanted = torch.autograd.grad(causal_conv1d(*x)[0].sum(), x)
+    y = checkpoint(lambda *t: causal_conv1d(*t)[0], *x, use_reentrant=False)
+    assert all(map(torch.equal, torch.autograd.grad(y.sum(), x), wanted))
 
 
 def test_no_second_derivative():

@@ -60,11 +60,11 @@ def _conv_setup(ctx, inputs, output):
 
 
 def _conv_backward(ops, ctx, dy, d_final_state):
-    x = ctx.saved_tensors[0]
-    dy = x.new_zeros(x.shape) if dy is None else dy
+    saved = ctx.saved_tensors  # once: a checkpoint computes them again for every look
+    dy = saved[0].new_zeros(saved[0].shape) if dy is None else dy
     if not ctx.output_final_state:
         d_final_state = None
-    grads = ops.causal_conv1d_bwd(dy, d_final_state, *ctx.saved_tensors, ctx.silu)
+    grads = ops.causal_conv1d_bwd(dy, d_final_state, *saved, ctx.silu)
     return _needed(ctx, (*grads, None, None, None))
 
 
