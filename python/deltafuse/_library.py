@@ -40,7 +40,7 @@ def kernel(name, tensor):
     """
     if _backend == "reference":
         return None
-    if tensor.dtype in _not_on_cuda.get(name, ()) and runs_cuda(tensor):
+    if name in _not_on_cuda and runs_cuda(tensor) and tensor.dtype in _not_on_cuda[name]:
         return None
     device = tensor.device.type
     if (_current, name, device) in _kernels:
