@@ -124,8 +124,8 @@ def test_bytes_and_sectors(emulated, d, d_v, state, act):
 def test_rows_move_in_whole_sectors_without_bank_conflicts(emulated):
     """What more tokens cost: the weights and their sums, once a CTA, cancel out."""
     launches = []
-    for N in (132 * 16, 132 * 32):
-        given = make(N, 192, 4, BF16, BF16, without=("beta_erase",))
+    for N in (132 * 17, 132 * 26):  # more than a round of all groups
+        given = make(N, 128, 4, BF16, BF16, without=("beta_erase",))
         with emulated.profile() as these:
             derivatives(given, raw.Options(norm=True, **GATES))
         launches.append(these)

@@ -20,10 +20,12 @@
 // live in the CTA's row of partial sums and in L2. Then 1 to 3 stages of a token's rows a group.
 // d = 2048, d_v = 4, bfloat16: 80 KB of gradients, 64 KB of weights, 2 * 40 KB. A token that does
 // not fit passes in parts, read twice.
-// Registers: 128 for CTAs of 16 warps, 168 for 12 (4 features an item), 255 for 8 (8 features or 16
+// Registers: 128 for CTAs of 16 warps, 159 for 12 (4 features an item), 209 for 8 (8 features or 16
 // channels); no spills.
 // Bytes a token: 3 d_v b + 3 a a feature (b, a: bytes of the state and of k~, c). FLOPs: 18 d_v +
-// 20 a feature; some 120 instructions, about what the memory's time allows on Hopper.
+// 20 a feature, in some 200 instructions for 16-bit d_v = 4: with everything bound by issuing,
+// about twice the time of the bytes on an H100 (counted, not timed). Where gradients of weights do
+// not fit (d = 4096, d_v = 4 and above) their additions in L2 come on top.
 #pragma once
 #include "ddl/boundary_bwd_token.cuh"
 

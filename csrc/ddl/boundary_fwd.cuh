@@ -18,9 +18,10 @@
 // KB
 // + 2 groups of (3 * 20 + 8) KB. A token that does not fit at all (65536 floats) passes in parts,
 // whose second and third reading come from L2. Item accesses have no bank conflicts.
-// Registers: at most 128 (one CTA of 16 warps an SM); no spills.
+// Registers: at most 122 (one CTA of 16 warps an SM has 128); no spills.
 // Bytes a token: 2 d_v b + 2 a a feature (b, a: bytes of the state and of k~, c). FLOPs: 8 d_v + 10
-// a feature. Bound by memory; the 50 or so instructions a feature need half of the issue slots.
+// a feature, in some 100 instructions for 16-bit d_v = 4. Bound by memory with rewrite or read-out
+// alone; with everything, issuing takes about as long as the bytes on an H100 (counted, not timed).
 #pragma once
 #include "ddl/boundary_plan.cuh"
 
