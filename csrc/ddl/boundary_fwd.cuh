@@ -1,7 +1,7 @@
 // Forward of the boundary (equations in boundary.h), a token X [d, d_v] at a time:
 //   s = (sum k~^2 + eps^2)^-1/2,  p_j = s sum_i k~_i X_ij,  Y_ij = X_ij + s k~_i u_j
-//   x_i = sum_j R_ij Y_ij,  rho = (mean x^2 + eps)^-1/2,  c_i = gamma_i x_i rho,  z = W (x or c) +
-//   b
+//   x_i = sum_j R_ij Y_ij,  rho = (mean x^2 + eps)^-1/2,  c_i = gamma_i x_i rho
+//   z_v = W_v (x or c) + b_v,  z_beta = W_beta c + b_beta
 //
 // One persistent launch. A group of 1 to 16 warps, 4 items (boundary_tile.cuh) a thread, owns a
 // token; a CTA of up to 16 warps is several groups that share the weights. A group:
@@ -14,10 +14,9 @@
 // d and d_v alone: a token's result is the same anywhere, and with or without the read-out.
 //
 // Shared memory: weights as float (4 d (2 d_v + 2) bytes; those that do not fit are read from L2),
-// and for a group 1 to 3 stages of a token's rows and x as float. d = 2048, d_v = 4, bfloat16: 80
-// KB
-// + 2 groups of (3 * 20 + 8) KB. A token that does not fit at all (65536 floats) passes in parts,
-// whose second and third reading come from L2. Item accesses have no bank conflicts.
+// and for a group 1 to 3 stages of a token's rows and x as float. d = 2048, d_v = 4, bfloat16:
+// 80 KB, and 2 groups of 3 * 20 + 8 KB. A token that does not fit at all (65536 floats) passes in
+// parts, whose second reading comes from L2. Item accesses have no bank conflicts.
 // Registers: at most 122 (one CTA of 16 warps an SM has 128); no spills.
 // Bytes a token: 2 d_v b + 2 a a feature (b, a: bytes of the state and of k~, c). FLOPs: 8 d_v + 10
 // a feature, in some 100 instructions for 16-bit d_v = 4. Bound by memory with rewrite or read-out
