@@ -167,7 +167,7 @@ Backward bwd(const OptTensor& d_y, const OptTensor& d_x_in, const OptTensor& d_c
                       pointer(dv),
                       pointer(dbeta),
                       pointer(derase)};
-  const BoundarySums at(run.call);
+  const PaddedSums at(run.call);
   const int64_t block = std::max(kLeastBlock, (N + kMostBlocks - 1) / kMostBlocks);
   PartialSums sums(saved, N, block, at.total, boundary_scratch(run.call));
   auto* kernel = DF_CPU(boundary_bwd);
