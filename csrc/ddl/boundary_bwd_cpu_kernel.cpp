@@ -17,8 +17,9 @@ void add(T* to, Vec<T> x) {
   store(to, load(to) + x);
 }
 
-template <class T, int kDv>
+template <class E, int kDv>
 class Backward {
+  using T = Compute<E>;
   using L = Lanes<T, kDv>;
 
  public:
@@ -29,33 +30,37 @@ class Backward {
         at_(call),
         sums_(sums),
         lanes_(p_.d_v),
+        read_out_{lanes_, weight(p_.read)},
         row_(p_.d * p_.d_v),
-        padded_row_(call.padded * p_.d_v) {
-    T** const rows[] = {&y_, &G_, &dX_};
-    for (T** row : rows) *row = scratch, scratch += padded_row_;
-    T** const narrow[] = {&k_, &x_, &dx_, &dc_, &dk_};
+        padded_row_(call.padded * p_.d_v),
+        stream_(call.stream && row_ == padded_row_) {
+    T **const wide[] = {&y_, &G_}, **const narrow[] = {&k_, &x_, &dx_, &dc_, &dk_};
+    for (T** row : wide) *row = scratch, scratch += padded_row_;
     for (T** row : narrow) *row = scratch, scratch += call.padded;
+    E** const states[] = {&d_y_, &dX_};
+    for (E** row : states) *row = reinterpret_cast<E*>(scratch), scratch += padded_row_;
+    if (!grads.d_y.data) __builtin_memset(d_y_, 0, padded_row_ * sizeof(E));
   }
 
   void token(int64_t n) {
     const T* saved = static_cast<const T*>(p_.saved) + n * (p_.d_v + 2);
     const T* y = read_row(p_.x, p_.state, n, row_, padded_row_, y_);
+    const E* G = grads_.d_y.data ? state_row(grads_.d_y, n, row_, padded_row_, d_y_) : d_y_;
     if (call_.read_out) behind(n, y, saved[1]);
-    const T* G = read_row_or_zeros(grads_.d_y, p_.state, n, row_, padded_row_, G_);
+    E* dX = begin_state_row(grads_.dx, n, row_, padded_row_, dX_);
     if (p_.k.data) {
-      rewrite(n, y, G, saved);
+      rewrite(n, y, G, saved, dX);
     } else {
-      T* dX = row_to_write(grads_.dx, p_.state, n, row_, padded_row_, dX_);
-      state_gradient(y, G, dX, [](int64_t, int, Vec<T>) {});
-      write_row(dX, grads_.dx, p_.state, n, row_);
+      state_gradient(y, G, [&](int64_t, int, int64_t at, Vec<T> x) { put(x, dX + at, stream_); });
     }
+    end_state_row(dX, grads_.dx, n, row_);
   }
 
  private:
   // dx_, and the weights behind the read-out.
   void behind(int64_t n, const T* y, T rho) {
     const T *W_v = static_cast<const T*>(p_.W_v.data), *W_beta = weight(p_.W_beta);
-    read_out(lanes_, y, weight(p_.read), call_.padded, x_);
+    read_out_.row(y, call_.padded, x_);
     const T* d_c = read_row_or_zeros(grads_.d_c, p_.act, n, p_.d, call_.padded, dc_);
     const T* d_x = read_row_or_zeros(grads_.d_x_in, p_.act, n, p_.d, call_.padded, dx_);
     T dz_v[kMaxChannels] = {};
@@ -97,28 +102,26 @@ class Backward {
   }
   Vec<T> gamma(int64_t i) const { return p_.norm.data ? load(weight(p_.norm) + i) : splat(T(1)); }
 
-  // G^ into `out`; fn(first feature, q, G^) for its vectors.
+  // fn(first feature, q, element, G^) for the vectors of a row.
   template <class Fn>
-  void state_gradient(const T* y, const T* G, T* out, Fn fn) {
-    const T* read = weight(p_.read);
-    const T mean = T(1) / T(lanes_.count());
+  void state_gradient(const T* y, const E* G, Fn fn) {
+    const T* read = read_out_.read;
     over_features(lanes_, call_.padded, [&](int64_t i, int64_t e) {
       const Vec<T> dx = call_.read_out ? load(dx_ + i) : Vec<T>{};
       for (int q = 0; q < lanes_.count(); ++q) {
         const int64_t at = e + q * kLanes<T>;
-        Vec<T> x = load(G + at);
+        Vec<T> x = load_compute(G + at);
         if (call_.read_out) {
           const Vec<T> spread = lanes_.spread(dx, q);
-          x += read ? Vec<T>(spread * load(read + at)) : Vec<T>(spread * mean);
+          x += read ? Vec<T>(spread * load(read + at)) : Vec<T>(spread * read_out_.mean);
           if (read) add<T>(sums_ + at_.read + at, spread * load(y + at));
         }
-        store(out + at, x);
-        fn(i, q, x);
+        fn(i, q, at, x);
       }
     });
   }
 
-  void rewrite(int64_t n, const T* y, const T* G, const T* saved) {
+  void rewrite(int64_t n, const T* y, const E* G, const T* saved, E* dX) {
     const T s = saved[0], *p = saved + 2;
     const Gates<T> gates(p_, n);
     T u[kMaxChannels], g[kMaxChannels] = {}, erased[kMaxChannels];
@@ -126,7 +129,8 @@ class Backward {
     const T* raw = read_row(p_.k, p_.act, n, p_.d, call_.padded, k_);
     for (int64_t i = 0; i < call_.padded; i += kLanes<T>) store(k_ + i, load(raw + i) * s);
     Vec<T> products[L::kMax] = {};
-    state_gradient(y, G, G_, [&](int64_t i, int q, Vec<T> x) {
+    state_gradient(y, G, [&](int64_t i, int q, int64_t at, Vec<T> x) {
+      store(G_ + at, x);
       products[q] += lanes_.spread(load(k_ + i), q) * x;
     });
     lanes_.channel_sums(products, g);
@@ -134,8 +138,7 @@ class Backward {
     for (int j = 0; j < p_.d_v; ++j) erased[j] = gates.erase * g[j];
     const T ug = dot(u, erased, p_.d_v);
     const T h = p_.normalize_k ? dot(g, u, p_.d_v) - dot(p, erased, p_.d_v) : 0;
-    T* dX = row_to_write(grads_.dx, p_.state, n, row_, padded_row_, dX_);
-    T* dk = row_to_write(grads_.dk, p_.act, n, p_.d, call_.padded, dk_);
+    T* dk = narrow_row_to_write(grads_.dk, p_.act, n, p_.d, call_.padded, dk_);
     const Periodic<T, kDv> along_u(lanes_, u), along_g(lanes_, erased);
     over_features(lanes_, call_.padded, [&](int64_t i, int64_t e) {
       Vec<T> each[L::kMax];
@@ -144,12 +147,11 @@ class Backward {
         const int64_t at = e + q * kLanes<T>;
         const Vec<T> x = load(G_ + at);
         each[q] = x * along_u[q] - load(y + at) * along_g[q];
-        store(dX + at, x - lanes_.spread(k, q) * along_g[q]);
+        put<E>(x - lanes_.spread(k, q) * along_g[q], dX + at, stream_);
       }
       const Vec<T> d = lanes_.fold(each) + k * (ug - h);
       store(dk + i, p_.normalize_k ? d * s : d);
     });
-    write_row(dX, grads_.dx, p_.state, n, row_);
     write_row(dk, grads_.dk, p_.act, n, p_.d);
   }
 
@@ -176,18 +178,23 @@ class Backward {
   const PaddedSums at_;
   T* const sums_;
   const L lanes_;
+  const ReadOut<T, kDv> read_out_;
   const int64_t row_, padded_row_;
-  T *y_, *G_, *dX_, *k_, *x_, *dx_, *dc_, *dk_;
+  const bool stream_;
+  T *y_, *G_, *k_, *x_, *dx_, *dc_, *dk_;
+  E *d_y_, *dX_;
 };
 }  // namespace
 
-void boundary_bwd(const BoundaryCpu& call, const BoundaryGrads& grads, bool wide, int64_t first,
-                  int64_t last, void* sums, void* scratch) {
-  with_types(wide, call.args.d_v, [&](auto zero, auto channels) {
-    using T = decltype(zero);
-    Backward<T, decltype(channels)::value> backward(call, grads, static_cast<T*>(sums),
+void boundary_bwd(const BoundaryCpu& call, const BoundaryGrads& grads, int64_t first, int64_t last,
+                  void* sums, void* scratch) {
+  with_types(call.args.state, call.args.d_v, [&](auto type, auto channels) {
+    using E = typename decltype(type)::type;
+    using T = Compute<E>;
+    Backward<E, decltype(channels)::value> backward(call, grads, static_cast<T*>(sums),
                                                     static_cast<T*>(scratch));
     for (int64_t n = first; n < last; ++n) backward.token(n);
   });
+  if (call.stream) stream_end();
 }
 }  // namespace df::cpu::DF_ISA

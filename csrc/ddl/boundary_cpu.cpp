@@ -63,7 +63,7 @@ struct Call {
     const int64_t grain = std::max<int64_t>(1, 16384 / (p.d * p.d_v));
     parallel_for(0, p.N, grain, [&](int64_t begin, int64_t end) {
       const CacheLines scratch(boundary_scratch(call) * (wide() ? 8 : 4));
-      kernel(call, wide(), begin, end, scratch.data());
+      kernel(call, begin, end, scratch.data());
     });
   }
 };
@@ -153,6 +153,7 @@ Backward bwd(const OptTensor& d_y, const OptTensor& d_x_in, const OptTensor& d_c
   const Tensor dx = empty(y, {N, d, d_v}), dk = made(k, {N, d}), dv = made(v, {N, d_v}),
                dbeta = made(beta, {N}), derase = made(beta_erase, {N});
   run.call.args.saved = saved.mutable_data_ptr();
+  run.call.stream = streams(dx);
   BoundaryGrads grads{{},
                       bool(flags & kNorm),
                       rows_of(rows[0]),
@@ -170,7 +171,7 @@ Backward bwd(const OptTensor& d_y, const OptTensor& d_x_in, const OptTensor& d_c
   PartialSums sums(saved, N, block, at.total, boundary_scratch(run.call));
   auto* kernel = DF_CPU(boundary_bwd);
   sums.run([&](int64_t first, int64_t last, void* to, void* scratch) {
-    kernel(run.call, grads, run.wide(), first, last, to, scratch);
+    kernel(run.call, grads, first, last, to, scratch);
   });
   const Tensor total = sums.total();
   const int64_t wide = run.call.padded;

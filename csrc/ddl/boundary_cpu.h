@@ -14,7 +14,7 @@ struct BoundaryCpu {
 
 // Elements of the compute type that a worker needs.
 inline int64_t boundary_scratch(const BoundaryCpu& p) {
-  return p.padded * (3 * p.args.d_v + 8);
+  return p.padded * (4 * p.args.d_v + 5);
 }
 
 // Sums over tokens for the gradients of the weights, one after the other in an array of `total`
@@ -33,10 +33,9 @@ struct PaddedSums {
 };
 
 namespace cpu {
-// Tokens [first, last). `wide`: the compute type is double. sums: PaddedSums, added to.
-DF_DECLARE_CPU(boundary_fwd, const BoundaryCpu&, bool wide, int64_t first, int64_t last,
-               void* scratch)
-DF_DECLARE_CPU(boundary_bwd, const BoundaryCpu&, const BoundaryGrads&, bool wide, int64_t first,
-               int64_t last, void* sums, void* scratch)
+// Tokens [first, last). sums: PaddedSums, added to.
+DF_DECLARE_CPU(boundary_fwd, const BoundaryCpu&, int64_t first, int64_t last, void* scratch)
+DF_DECLARE_CPU(boundary_bwd, const BoundaryCpu&, const BoundaryGrads&, int64_t first, int64_t last,
+               void* sums, void* scratch)
 }  // namespace cpu
 }  // namespace df

@@ -4,8 +4,9 @@
 
 namespace df::cpu::DF_ISA {
 namespace {
-template <class T, int kDv>
+template <class E, int kDv>
 class Forward {
+  using T = Compute<E>;
   using L = Lanes<T, kDv>;
 
  public:
@@ -13,20 +14,26 @@ class Forward {
       : call_(call),
         p_(call.args),
         lanes_(p_.d_v),
+        read_out_{lanes_, static_cast<const T*>(p_.read.data)},
         row_(p_.d * p_.d_v),
-        padded_row_(call.padded * p_.d_v) {
-    state_ = scratch;
-    y_ = state_ + padded_row_;
-    direction_ = y_ + padded_row_;
+        padded_row_(call.padded * p_.d_v),
+        stream_(call.stream && row_ == padded_row_) {
+    direction_ = scratch;
     x_ = direction_ + call.padded;
     c_ = x_ + call.padded;
+    state_ = c_ + call.padded;
+    y_ = reinterpret_cast<E*>(state_ + padded_row_);
   }
 
   void token(int64_t n) {
-    const T* y = read_row(p_.x, p_.state, n, row_, padded_row_, state_);
-    T s = 0, rho = 0, p[kMaxChannels] = {};
-    if (p_.k.data) y = rewrite(n, y, &s, p);
-    if (call_.read_out) rho = behind(n, y);
+    const T* x = read_row(p_.x, p_.state, n, row_, padded_row_, state_);
+    T s = 0, rho = 0, p[kMaxChannels] = {}, squares = 0;
+    if (p_.k.data) {
+      squares = rewrite(n, x, &s, p);
+    } else {
+      squares = read_out_.row(x, call_.padded, x_);
+    }
+    if (call_.read_out) rho = behind(n, squares);
     if (!p_.saved) return;
     T* saved = static_cast<T*>(p_.saved) + n * (p_.d_v + 2);
     saved[0] = s, saved[1] = rho;
@@ -34,29 +41,31 @@ class Forward {
   }
 
  private:
-  // Y as it is stored; the row's s and p.
-  const T* rewrite(int64_t n, const T* x, T* s, T* p) {
+  // Y, and of Y as it is stored the read-out in x_; returns its sum x^2. The row's s and p.
+  T rewrite(int64_t n, const T* x, T* s, T* p) {
     const T* k = read_row(p_.k, p_.act, n, p_.d, call_.padded, direction_);
     k = measure(k, x, s, p);
     T u[kMaxChannels];
     Gates<T>(p_, n).update(p, p_.d_v, u);
-    const bool stream = call_.stream && p_.state == kTypeOf<T> && row_ == padded_row_;
-    T* y = stream ? y_ : row_to_write(p_.y, p_.state, n, row_, padded_row_, y_);
+    E* y = begin_state_row(p_.y, n, row_, padded_row_, y_);
     const Periodic<T, kDv> along(lanes_, u);
+    Vec<T> squares{};
     over_features(lanes_, call_.padded, [&](int64_t i, int64_t e) {
       const Vec<T> k_i = load(k + i);
+      Vec<T> each[L::kMax];
       for (int q = 0; q < lanes_.count(); ++q) {
         const int64_t at = e + q * kLanes<T>;
-        store(y + at, load(x + at) + lanes_.spread(k_i, q) * along[q]);
+        const Vec<T> exact = load(x + at) + lanes_.spread(k_i, q) * along[q];
+        each[q] = put(exact, y + at, stream_);
+        if (call_.read_out) each[q] = read_out_.weighted(each[q], at);
       }
+      if (!call_.read_out) return;
+      const Vec<T> sums = read_out_.fold(each);
+      store(x_ + i, sums);
+      squares += sums * sums;
     });
-    if (stream) {
-      stream_row(y, p_.y, n, row_);
-    } else {
-      write_row(y, p_.y, p_.state, n, row_);
-    }
-    const bool rounded = p_.state != kTypeOf<T> && call_.read_out;
-    return rounded ? read_row({p_.y, row_}, p_.state, n, row_, padded_row_, y_) : y;
+    end_state_row(y, p_.y, n, row_);
+    return sum<T>(squares);
   }
 
   // k in direction_; s and p = k^T x of the row.
@@ -106,10 +115,8 @@ class Forward {
     return size;
   }
 
-  // Read-out, norm and projections of Y; rho.
-  T behind(int64_t n, const T* y) {
-    const double squares =
-        read_out(lanes_, y, static_cast<const T*>(p_.read.data), call_.padded, x_);
+  // Norm and projections of the read-out in x_; rho.
+  T behind(int64_t n, double squares) {
     if (p_.x_in) write_row(x_, p_.x_in, p_.act, n, p_.d);
     const T rho = T(1 / __builtin_sqrt(squares / double(p_.d) + p_.norm_eps));
     if (!p_.c && !p_.z_v && !p_.z_beta) return rho;
@@ -139,15 +146,18 @@ class Forward {
   const BoundaryCpu& call_;
   const BoundaryArgs& p_;
   const L lanes_;
+  const ReadOut<T, kDv> read_out_;
   const int64_t row_, padded_row_;
-  T *state_, *y_, *direction_, *x_, *c_;
+  const bool stream_;
+  T *direction_, *x_, *c_, *state_;
+  E* y_;
 };
 }  // namespace
 
-void boundary_fwd(const BoundaryCpu& call, bool wide, int64_t first, int64_t last, void* scratch) {
-  with_types(wide, call.args.d_v, [&](auto zero, auto channels) {
-    using T = decltype(zero);
-    Forward<T, decltype(channels)::value> forward(call, static_cast<T*>(scratch));
+void boundary_fwd(const BoundaryCpu& call, int64_t first, int64_t last, void* scratch) {
+  with_types(call.args.state, call.args.d_v, [&](auto type, auto channels) {
+    using E = typename decltype(type)::type;
+    Forward<E, decltype(channels)::value> forward(call, static_cast<Compute<E>*>(scratch));
     for (int64_t n = first; n < last; ++n) forward.token(n);
   });
   if (call.stream) stream_end();

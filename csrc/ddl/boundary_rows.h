@@ -33,9 +33,42 @@ const T* read_row_or_zeros(const TokenRows& rows, DType type, int64_t token, int
   return scratch;
 }
 
-// Where to compute a row of the contiguous `to`: in place, or in `scratch` for write_row.
+// A token's row of states, n elements: where it is, or with zeros behind it in `scratch`.
+template <class E>
+const E* state_row(const TokenRows& rows, int64_t token, int64_t n, int64_t padded, E* scratch) {
+  const E* row = static_cast<const E*>(rows.data) + token * rows.stride;
+  if (n == padded) return row;
+  __builtin_memcpy(scratch, row, n * sizeof(E));
+  __builtin_memset(scratch + n, 0, (padded - n) * sizeof(E));
+  return scratch;
+}
+
+// Where to put a row of states of the contiguous `to`: there, or in `scratch` for end_state_row.
+template <class E>
+E* begin_state_row(void* to, int64_t token, int64_t n, int64_t padded, E* scratch) {
+  return n == padded ? static_cast<E*>(to) + token * n : scratch;
+}
+template <class E>
+void end_state_row(const E* row, void* to, int64_t token, int64_t n) {
+  E* out = static_cast<E*>(to) + token * n;
+  if (out != row) __builtin_memcpy(out, row, n * sizeof(E));
+}
+
+// A vector of states to memory; returns it as it was rounded. Past the caches on demand, where that
+// needs no conversion.
+template <class E>
+Vec<Compute<E>> put(Vec<Compute<E>> x, E* to, bool past_caches) {
+  using T = Compute<E>;
+  if constexpr (sizeof(E) == sizeof(T)) {
+    past_caches ? stream(to, x) : store(to, x);
+    return x;
+  } else {
+    return store_rounded(x, to);
+  }
+}
+
 template <class T>
-T* row_to_write(void* to, DType type, int64_t token, int64_t n, int64_t padded, T* scratch) {
+T* narrow_row_to_write(void* to, DType type, int64_t token, int64_t n, int64_t padded, T* scratch) {
   const bool direct = type == kTypeOf<T> && n == padded;
   return direct ? static_cast<T*>(to) + token * n : scratch;
 }
@@ -47,13 +80,6 @@ void write_row(const T* row, void* to, DType type, int64_t token, int64_t n) {
     if constexpr (sizeof(Compute<E>) == sizeof(T))
       if (static_cast<const void*>(out) != row) store_row(row, out, n);
   });
-}
-
-// n whole vectors past the caches.
-template <class T>
-void stream_row(const T* row, void* to, int64_t token, int64_t n) {
-  T* out = static_cast<T*>(to) + token * n;
-  for (int64_t i = 0; i < n; i += kLanes<T>) stream(out + i, load(row + i));
 }
 
 template <class T>
@@ -84,42 +110,51 @@ struct Gates {
   }
 };
 
-// x_i = sum_j read_ij y_ij, or the mean over channels; returns sum x^2.
+// x_i = sum_j read_ij y_ij, or the mean over channels, of kLanes features.
 template <class T, int kDv>
-T read_out(const Lanes<T, kDv>& lanes, const T* y, const T* read, int64_t padded, T* x) {
-  Vec<T> squares{};
-  const T mean = T(1) / T(lanes.count());
-  over_features(lanes, padded, [&](int64_t i, int64_t e) {
-    Vec<T> each[Lanes<T, kDv>::kMax];
-    for (int q = 0; q < lanes.count(); ++q) {
-      each[q] = load(y + e + q * kLanes<T>);
-      if (read) each[q] *= load(read + e + q * kLanes<T>);
-    }
-    Vec<T> sum = lanes.fold(each);
-    if (!read) sum *= mean;
-    store(x + i, sum);
-    squares += sum * sum;
-  });
-  return sum<T>(squares);
-}
+struct ReadOut {
+  const Lanes<T, kDv>& lanes;
+  const T* read;  // padded rows, or null
+  T mean = T(1) / T(lanes.count());
 
-// fn(T{}, Constant<d_v or 0>{}): the kernel's copy for a compute type and d_v.
+  Vec<T> weighted(Vec<T> y, int64_t at) const { return read ? Vec<T>(y * load(read + at)) : y; }
+  Vec<T> fold(const Vec<T> (&each)[Lanes<T, kDv>::kMax]) const {
+    const Vec<T> sum = lanes.fold(each);
+    return read ? sum : Vec<T>(sum * mean);
+  }
+
+  // The row of x; returns sum x^2.
+  T row(const T* y, int64_t padded, T* x) const {
+    Vec<T> squares{};
+    over_features(lanes, padded, [&](int64_t i, int64_t e) {
+      Vec<T> each[Lanes<T, kDv>::kMax];
+      for (int q = 0; q < lanes.count(); ++q) {
+        const int64_t at = e + q * kLanes<T>;
+        each[q] = weighted(load(y + at), at);
+      }
+      const Vec<T> sums = fold(each);
+      store(x + i, sums);
+      squares += sums * sums;
+    });
+    return sum<T>(squares);
+  }
+};
+
+// fn(Type<E>{}, Channels<d_v or 0>{}): the kernel's copy for a type of states and d_v.
 template <int kDv>
 struct Channels {
   static constexpr int value = kDv;
 };
-template <class T, class Fn>
-void with_channels(int64_t d_v, Fn fn) {
-  switch (d_v) {
-    case 1: return fn(T{}, Channels<1>{});
-    case 2: return fn(T{}, Channels<2>{});
-    case 4: return fn(T{}, Channels<4>{});
-    case 8: return fn(T{}, Channels<8>{});
-    default: return fn(T{}, Channels<0>{});
-  }
-}
 template <class Fn>
-void with_types(bool wide, int64_t d_v, Fn fn) {
-  wide ? with_channels<double>(d_v, fn) : with_channels<float>(d_v, fn);
+void with_types(DType state, int64_t d_v, Fn fn) {
+  dispatch(state, [&](auto type) {
+    switch (d_v) {
+      case 1: return fn(type, Channels<1>{});
+      case 2: return fn(type, Channels<2>{});
+      case 4: return fn(type, Channels<4>{});
+      case 8: return fn(type, Channels<8>{});
+      default: return fn(type, Channels<0>{});
+    }
+  });
 }
 }  // namespace df::cpu::DF_ISA

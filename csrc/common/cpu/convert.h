@@ -16,7 +16,7 @@ template <class U, class F>
 inline U float_to_bf16(F x) {
   const U u = bit_cast<U>(x);
   const U rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  return (u & 0x7fffffff) > 0x7f800000 ? U((u >> 16) | 0x40) : rounded;
+  return x != x ? U((u >> 16) | 0x40) : rounded;
 }
 // A half's exponent and mantissa, moved to a float's place, are 2^112 too small. The product
 // restores the scale and is exact, subnormals included; all-ones exponents need the float's.
@@ -102,6 +102,18 @@ inline void store_compute(Vec<float> x, bf16* p) {
 }
 inline void store_compute(Vec<float> x, f16* p) {
   store_bits(float_to_f16<U32>(x), p);
+}
+
+// The same, and the values as they were stored.
+inline Vec<float> store_rounded(Vec<float> x, bf16* p) {
+  const U32 bits = float_to_bf16<U32>(x);
+  store_bits(bits, p);
+  return bf16_to_float<Vec<float>>(bits);
+}
+inline Vec<float> store_rounded(Vec<float> x, f16* p) {
+  const U32 bits = float_to_f16<U32>(x);
+  store_bits(bits, p);
+  return f16_to_float<Vec<float>>(bits);
 }
 
 // n elements, n arbitrary; reads and writes nothing beyond them.
