@@ -1,12 +1,13 @@
 """deltafuse: fused CPU and CUDA kernels for linear-attention language models."""
 
-from . import _library, ddl, gated_delta, optim
+from . import _library, ddl, gated_delta, grape, optim
 from .ddl import delta_rewrite
 from .gated_delta import (
     GatedDeltaNet,
     chunk_gated_delta_rule,
     fused_recurrent_gated_delta_rule,
 )
+from .grape import apply_rotary_emb, rotary_qk
 from .optim import MARS
 
 backend_info = _library.backend_info
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GatedDeltaNet",
     "MARS",
+    "apply_rotary_emb",
     "backend_info",
     "build_info",
     "chunk_gated_delta_rule",
@@ -23,6 +25,8 @@ __all__ = [
     "delta_rewrite",
     "fused_recurrent_gated_delta_rule",
     "gated_delta",
+    "grape",
     "has_cuda",
     "optim",
+    "rotary_qk",
 ]
