@@ -22,18 +22,24 @@ def _fwd_fake(q, k, *rest):
 
 
 def _bwd_fake(dq, dk, q, k, freqs, positions, offsets, cu, cos_q, sin_q, cos_k, *rest):
-    flags = rest[-1]
-    none = dq.new_empty((0,))
-    grads = [dq.new_empty(dq.shape), none if dk is None else dk.new_empty(dk.shape)]
-    angles, tables = flags & ANGLES, flags & TABLES
-    wide = dict(dtype=torch.float64)
-    grads.append(freqs.new_empty(freqs.shape) if angles else none)
+    angles, tables = rest[-1] & ANGLES, rest[-1] & TABLES
     real = angles and positions is not None and positions.is_floating_point()
-    grads.append(positions.new_empty(positions.shape, **wide) if real else none)
-    for present in (tables, tables, tables and cos_k is not None, tables and cos_k is not None):
-        shape = (*dq.shape[:2], *cos_q.shape[2:]) if present else (0,)
-        grads.append(dq.new_empty(shape, dtype=reference.compute_dtype(dq)))
-    return tuple(grads)
+    two = tables and cos_k is not None
+
+    def made(wanted, like, **options):
+        return dq.new_empty((0,)) if not wanted else like.new_empty(like.shape, **options)
+
+    def table(wanted):
+        shape = (*dq.shape[:2], *cos_q.shape[2:]) if wanted else (0,)
+        return dq.new_empty(shape, dtype=reference.compute_dtype(dq))
+
+    return (
+        made(True, dq),
+        made(dk is not None, dk),
+        made(angles, freqs),
+        made(real, positions, dtype=torch.float64),
+        *(table(wanted) for wanted in (tables, tables, two, two)),
+    )
 
 
 def _wanted(needed):
@@ -59,15 +65,15 @@ def _setup(ctx, inputs, output):
 
 def _backward(ops, ctx, dq, dk):
     dk = dk if ctx.has_k else None
-    positions = ctx.saved_tensors[3]
-    grads = ops.grape_rotary_bwd(dq, dk, *ctx.saved_tensors, ctx.offset, ctx.factor, ctx.flags)
+    saved = ctx.saved_tensors
+    positions = saved[3]
+    grads = ops.grape_rotary_bwd(dq, dk, *saved, ctx.offset, ctx.factor, ctx.flags)
     dq, dk, dfreqs, dpositions, *dtables = grads
     if positions is not None and positions.is_floating_point():
         dpositions = dpositions.to(positions.dtype)
-    tables = ctx.saved_tensors[6:10]
     dtables = [
         _like_table(g, t) if ctx.flags & TABLES and t is not None else None
-        for g, t in zip(dtables, tables, strict=True)
+        for g, t in zip(dtables, saved[6:10], strict=True)
     ]
     each = (dq, dk, dfreqs, dpositions, None, None, *dtables)
     needed = ctx.needs_input_grad[:_SAVED]
@@ -107,10 +113,11 @@ class _InPlace(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dq, dk=None):
+        saved = ctx.saved_tensors
         dq, dk, dfreqs, dpositions, *_ = ctx.ops_backward(
-            dq, dk, *ctx.saved_tensors, ctx.offset, ctx.factor, ctx.flags
+            dq, dk, *saved, ctx.offset, ctx.factor, ctx.flags
         )
-        positions = ctx.saved_tensors[3]
+        positions = saved[3]
         if positions is not None and positions.is_floating_point():
             dpositions = dpositions.to(positions.dtype)
         each = (dq, dk, dfreqs, dpositions)
