@@ -39,6 +39,12 @@ KERNELS = [
     Kernel(r"mars_kernelId", 1, 255, ("LDG.E.128", "STG.E.128")),
     Kernel(r"mars_squares_kernel", 2, 128, ("LDG.E.128",)),
     Kernel(r"mars_upload_kernel", 1, 128, ("STG.E",)),
+    # three CTAs of 256 threads an SM, four where every row waits for twice as many loads
+    Kernel(r"\drotary_kernel.*Li[48]EL", 6, 80, ("LDG.E.128", "STG.E.128", "LDS")),
+    Kernel(r"\drotary_kernel.*Li1EL", 3, 80, ("LDG.E", "STG.E")),
+    Kernel(r"rotary_grads_kernel.*Li[48]EL", 6, 64, ("LDG.E.128", "STG.E.128", "SHFL")),
+    Kernel(r"rotary_grads_kernel.*Li1EL", 3, 64, ("LDG.E", "STG.E", "SHFL")),
+    Kernel(r"rotary_sum_kernel", 1, 64, ("LDG.E.64",)),
 ]
 FORBIDDEN = ("LDL", "STL")
 

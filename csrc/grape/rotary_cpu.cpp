@@ -13,10 +13,6 @@ namespace {
 constexpr int64_t kStreamBytes = int64_t(16) << 20;  // of an output, from where it bypasses caches
 constexpr int64_t kLeastBlock = 32, kMostBlocks = 256;  // tokens, partial sums
 
-uint64_t multiply_high(uint64_t a, uint64_t b) {
-  return uint64_t(static_cast<unsigned __int128>(a) * b >> 64);
-}
-
 // The call and what it points to.
 struct Call {
   static constexpr int64_t kNone = INT64_MIN;
@@ -39,7 +35,7 @@ struct Call {
                                      : double(static_cast<const float*>(p.freqs)[from]);
           uint64_t bits;
           std::memcpy(&bits, &x, sizeof(x));
-          theta[to] = x, turns[to] = turn_of_bits(bits, multiply_high);
+          theta[to] = x, turns[to] = turn_of_bits(bits);
           call.finite = call.finite && std::isfinite(x);
         }
     call.turns = turns.data(), call.theta = theta.data();
@@ -89,33 +85,15 @@ std::tuple<Tensor, Tensor> fwd(const Tensor& q, const OptTensor& k, const OptTen
   return {y_q, y_k ? *y_k : empty(q, {0})};
 }
 
-// An output with another last stride than 1 is made aside.
-Tensor dense(const Tensor& out) {
-  return out.dim() == 4 && out.stride(3) != 1 && out.size(3) != 1
-             ? empty(out, {out.size(0), out.size(1), out.size(2), out.size(3)})
-             : out;
-}
-
 void out(const Tensor& q, const OptTensor& k, const OptTensor& freqs, const OptTensor& positions,
          const OptTensor& offsets, const OptTensor& cu_seqlens, const OptTensor& cos_q,
          const OptTensor& sin_q, const OptTensor& cos_k, const OptTensor& sin_k, int64_t offset,
          double factor, int64_t flags, const Tensor& out_q, const OptTensor& out_k) {
   const RotaryInputs in(q, k, freqs, positions, offsets, cu_seqlens, cos_q, sin_q, cos_k, sin_k,
                         offset, factor, flags);
-  const RotaryArgs p = in.args(false);
-  const auto like = [](const Tensor& x, const Tensor& y) {
-    return x.sizes().equals(y.sizes()) && x.scalar_type() == y.scalar_type();
-  };
-  STD_TORCH_CHECK(like(out_q, q) && bool(k) == bool(out_k) && (!k || like(*out_k, *k)),
-                  "grape_rotary_out: outputs must be like q and k");
-  const Tensor y_q = dense(out_q);
-  const OptTensor y_k = out_k ? OptTensor(dense(*out_k)) : std::nullopt;
-  apply(in, p, y_q, y_k);
-  const auto back = [](Tensor to, const Tensor& from) {
-    if (to.const_data_ptr() != from.const_data_ptr()) torch::stable::copy_(to, from);
-  };
-  back(out_q, y_q);
-  if (y_k) back(*out_k, *y_k);
+  const RotaryOutputs to(q, k, out_q, out_k);
+  apply(in, in.args(false), to.q, to.k);
+  to.finish();
 }
 
 using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;

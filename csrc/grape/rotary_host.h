@@ -136,6 +136,35 @@ struct RotaryInputs {
   }
 };
 
+// Given outputs; one with another last stride than 1 is made aside and copied.
+struct RotaryOutputs {
+  Tensor out_q, q;
+  OptTensor out_k, k;
+
+  RotaryOutputs(const Tensor& q_, const OptTensor& k_, const Tensor& to_q, const OptTensor& to_k)
+      : out_q(to_q), q(dense(to_q)), out_k(to_k), k(to_k ? OptTensor(dense(*to_k)) : to_k) {
+    const auto like = [](const Tensor& x, const Tensor& y) {
+      return x.sizes().equals(y.sizes()) && x.scalar_type() == y.scalar_type();
+    };
+    STD_TORCH_CHECK(like(to_q, q_) && bool(k_) == bool(to_k) && (!k_ || like(*to_k, *k_)),
+                    "grape_rotary_out: outputs must be like q and k");
+  }
+  void finish() const {
+    back(out_q, q);
+    if (k) back(*out_k, *k);
+  }
+
+ private:
+  static Tensor dense(const Tensor& t) {
+    return t.dim() == 4 && t.stride(3) != 1 && t.size(3) != 1
+               ? empty(t, {t.size(0), t.size(1), t.size(2), t.size(3)})
+               : t;
+  }
+  static void back(Tensor to, const Tensor& from) {
+    if (to.const_data_ptr() != from.const_data_ptr()) torch::stable::copy_(to, from);
+  }
+};
+
 // Results of the backward pass, empty where not wanted.
 struct RotaryGradTensors {
   Tensor dq, dk, dfreqs, dpositions, tables[4];

@@ -3,6 +3,10 @@
 #include <cstdint>
 
 namespace df {
+constexpr uint64_t multiply_high(uint64_t a, uint64_t b) {
+  return uint64_t(static_cast<unsigned __int128>(a) * b >> 64);
+}
+
 struct TurnWords {
   uint64_t low, high;
 };
@@ -18,24 +22,16 @@ constexpr TurnWords turn_words(int shift) {
   return {a >> bit | b << (64 - bit), b >> bit | c << (64 - bit)};
 }
 
-// |theta| / (2 pi) modulo 1 in units of 2^-64, truncated, of theta = mantissa 2^exponent with a
-// mantissa below 2^53; `multiply_high(x, y)` is the upper half of a 64-bit product. Right for
-// |theta| < 2^117.
-template <class Fn>
-constexpr uint64_t turn_of(uint64_t mantissa, int exponent, Fn multiply_high) {
-  int shift = 64 - exponent;
-  shift = shift < 0 ? 0 : shift > 192 ? 192 : shift;
-  const TurnWords x = turn_words(shift);
-  return mantissa * x.high + multiply_high(mantissa, x.low);
-}
-
-// From the bits of a double; 0 for infinity and NaN. Its subnormals are below every use.
-template <class Fn>
-constexpr uint64_t turn_of_bits(uint64_t bits, Fn multiply_high) {
+// |theta| / (2 pi) modulo 1 in units of 2^-64, truncated, with the sign of theta: the mantissa of
+// the double with these bits, an integer below 2^53, times the 128 bits of 1 / (2 pi) that count
+// for its exponent. Right for |theta| < 2^117; 0 for infinity, NaN and subnormal numbers.
+constexpr uint64_t turn_of_bits(uint64_t bits) {
   const int exponent = int(bits >> 52 & 0x7ff);
   if (exponent == 0 || exponent == 0x7ff) return 0;
   const uint64_t mantissa = (bits & 0xfffffffffffff) | 0x10000000000000;
-  const uint64_t size = turn_of(mantissa, exponent - 1075, multiply_high);
+  const int shift = 64 + 1075 - exponent;
+  const TurnWords x = turn_words(shift < 0 ? 0 : shift > 192 ? 192 : shift);
+  const uint64_t size = mantissa * x.high + multiply_high(mantissa, x.low);
   return bits >> 63 ? 0 - size : size;
 }
 }  // namespace df
