@@ -6,18 +6,18 @@ DF_SCHEMAS(m) {
   m.def(
       "grape_rotary_fwd(Tensor q, Tensor? k, Tensor? freqs, Tensor? positions, Tensor? offsets,"
       " Tensor? cu_seqlens, Tensor? cos_q, Tensor? sin_q, Tensor? cos_k, Tensor? sin_k,"
-      " int offset, float factor, int flags) -> (Tensor y_q, Tensor y_k)");
+      " SymInt offset, float factor, int flags) -> (Tensor y_q, Tensor y_k)");
   // q, k: the rotated ones for gradients of angles (flag 8), the original ones for those of tables
   // (flag 16), else absent. dpositions is float64; gradients of tables are [B, T, Ha, P].
   m.def(
       "grape_rotary_bwd(Tensor dy_q, Tensor? dy_k, Tensor? q, Tensor? k, Tensor? freqs,"
       " Tensor? positions, Tensor? offsets, Tensor? cu_seqlens, Tensor? cos_q, Tensor? sin_q,"
-      " Tensor? cos_k, Tensor? sin_k, int offset, float factor, int flags)"
+      " Tensor? cos_k, Tensor? sin_k, SymInt offset, float factor, int flags)"
       " -> (Tensor dq, Tensor dk, Tensor dfreqs, Tensor dpositions, Tensor dcos_q, Tensor dsin_q,"
       " Tensor dcos_k, Tensor dsin_k)");
   // Into out_q and out_k, which may be q and k themselves.
   m.def(
       "grape_rotary_out(Tensor q, Tensor? k, Tensor? freqs, Tensor? positions, Tensor? offsets,"
       " Tensor? cu_seqlens, Tensor? cos_q, Tensor? sin_q, Tensor? cos_k, Tensor? sin_k,"
-      " int offset, float factor, int flags, Tensor(a!) out_q, Tensor(b!)? out_k) -> ()");
+      " SymInt offset, float factor, int flags, Tensor(a!) out_q, Tensor(b!)? out_k) -> ()");
 }

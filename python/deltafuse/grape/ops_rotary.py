@@ -258,7 +258,8 @@ def rotary_qk(
 
     Plane p turns by sum_a position_a freqs[p, a], or phase freqs[p] (arXiv 2512.07805, eqs. 3 to 8;
     section 2.6 of this package's notes for the phase). Arithmetic in float32 (float64 for float64),
-    rounded once. Differentiable in q, k, freqs, phase, real positions, cos and sin.
+    rounded once. Differentiable in q, k, freqs, phase, real positions, cos and sin. On CUDA float64
+    and more than 512 planes run as plain PyTorch.
 
     Args:
         q: [B, T, Hq, D], or [total, Hq, D] with cu_seqlens; float32, bfloat16, float16, float64.

@@ -9,6 +9,7 @@ from .reference_rotary import BY_POSITION, CLOCKWISE, INTERLEAVED
 __all__ = ["BY_POSITION", "CLOCKWISE", "INTERLEAVED", "rotate", "rotate_out"]
 ANGLES, TABLES = 8, 16  # gradients that the backward is asked for
 _SAVED = 10  # q to sin_k
+CUDA_PLANES = 512  # csrc/grape/rotary_launch.h
 
 
 def angle_heads(freqs, positions, cos):
@@ -96,6 +97,15 @@ _library.register(
 _library.register("grape_rotary_out", lambda *args: None)
 
 
+def _kernel(name, tensors):
+    """The compiled operator, or None: also for what the CUDA kernels leave to the reference."""
+    q, freqs, cos = tensors[0], tensors[2], tensors[6]
+    planes = cos.shape[-1] if freqs is None else freqs.shape[1]
+    if q.is_cuda and (q.dtype == torch.float64 or planes > CUDA_PLANES):
+        return None
+    return _library.kernel(name, q)
+
+
 class _InPlace(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kernel, backward, q, k, *rest):
@@ -127,7 +137,7 @@ class _InPlace(torch.autograd.Function):
 
 def rotate(tensors, offset, factor, flags):
     """Rotated q and k (None without one); `tensors` are q to sin_k of csrc/grape/grape_ops.cpp."""
-    kernel = _library.kernel("grape_rotary_fwd", tensors[0])
+    kernel = _kernel("grape_rotary_fwd", tensors)
     if kernel is None:
         return reference.naive_rotary(*tensors, offset, factor, flags)
     q, k = kernel(*tensors, offset, factor, flags)
@@ -136,7 +146,7 @@ def rotate(tensors, offset, factor, flags):
 
 def rotate_out(tensors, out_q, out_k, offset, factor, flags):
     """The rotation into other tensors, or into q and k themselves; no gradient."""
-    kernel = _library.kernel("grape_rotary_out", tensors[0])
+    kernel = _kernel("grape_rotary_out", tensors)
     if kernel is not None:
         return kernel(*tensors, offset, factor, flags, out_q, out_k)
     y_q, y_k = reference.naive_rotary(*tensors, offset, factor, flags)
@@ -153,7 +163,7 @@ def rotate_in_place(tensors, offset, factor, flags):
     """
     q, k, *rest = tensors
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    kernel = _library.kernel("grape_rotary_out", q)
+    kernel = _kernel("grape_rotary_out", tensors)
     if not recorded:
         rotate_out(tensors, q, k, offset, factor, flags)
     elif kernel is None or torch.compiler.is_compiling():
