@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from deltafuse import grape
+from deltafuse import _library, grape
 from grape_rotary_cases import BF16, F16, F32, F64, error, heads, normal, uniform
 
 
@@ -157,3 +157,87 @@ def test_bad_values(name):
 def test_bad_type():
     with pytest.raises(TypeError, match="omega must be floating point"):
         grape.cumulative_phase(torch.zeros(2, 3, dtype=torch.int64))
+
+
+def both(omega, cu=None, initial=None):
+    """phi, final and d omega."""
+    leaf = omega.detach().clone().requires_grad_()
+    phi, final = grape.cumulative_phase(leaf, cu, initial)
+    weight = normal(*phi.shape, dtype=F64).round()
+    return phi, final, torch.autograd.grad(phi, leaf, weight)[0]
+
+
+KERNELS = {
+    "one": ((2, 9), None, F32),
+    "several": ((2, 5, 3, 2), None, F64),
+    "packed": ((1, 20, 2), [0, 7, 7, 8, 20], F32),
+    "packed int32": ((1, 6), [0, 1, 6], BF16),
+    "tiles": ((1, 4500), None, F32),
+    "packed tiles": ((1, 4500), [0, 2048, 4099, 4500], F16),
+    "blocks": ((1, 3, 130), None, F32),
+    "empty": ((2, 0), None, F32),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_against_the_reference(device, name):
+    shape, bounds, dtype = KERNELS[name]
+    omega = uniform(*shape, dtype=dtype).to(device)
+    index = torch.int32 if "int32" in name else torch.int64
+    cu = None if bounds is None else torch.tensor(bounds, dtype=index, device=device)
+    N = shape[0] if bounds is None else len(bounds) - 1
+    initial = torch.arange(N * omega[0, :1].numel(), device=device)
+    initial = initial.view(N, *shape[2:]) << 39 if omega.numel() else None
+    got = both(omega, cu, initial)
+    with _library.use("reference"):
+        wanted = both(omega, cu, initial)
+    # sums of whole numbers: exact in every order
+    assert all(map(torch.equal, got, wanted))
+    assert all(map(torch.equal, both(omega, cu, initial), got))
+
+
+@pytest.mark.parametrize(
+    "mode", [{"race": True}, {"race": True, "seed": 1}, {"strict": True}], ids=str
+)
+def test_kernels_in_every_mode(emulated_with, mode):
+    omega = uniform(2, 2100, 2).transpose(0, 1).contiguous().transpose(0, 1)
+    with emulated_with(**mode):
+        got = both(omega)
+    with _library.use("reference"):
+        assert all(map(torch.equal, got, both(omega)))
+
+
+def test_bytes(emulated):
+    omega = uniform(1, 4096)
+    with emulated.profile() as launches:
+        grape.cumulative_phase(omega)
+    (launch,) = launches
+    assert launch["unique_bytes_read"] == 4 * 4096
+    assert launch["unique_bytes_written"] == 8 * 4097
+    assert launch["local_loads"] == launch["local_stores"] == 0
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_opcheck(packed, grad):
+    omega = uniform(1, 5, 2).requires_grad_(grad)
+    cu = torch.tensor([0, 2, 5]) if packed else None
+    initial = torch.ones(2 if packed else 1, 2, dtype=torch.int64)
+    op = _library.kernel("grape_phase_fwd", omega).default
+    torch.library.opcheck(op, (omega, cu, initial))
+    op = _library.kernel("grape_phase_bwd", omega).default
+    torch.library.opcheck(op, (normal(1, 5, 2, dtype=F64), cu))
+
+
+def test_instruction_sets(cpu_isa):
+    test_kernels_against_the_reference("cpu", "blocks")
+    test_kernels_against_the_reference("cpu", "packed tiles")
+
+
+def test_any_strides():
+    omega = uniform(3, 7, 4)
+    plain = grape.cumulative_phase(omega)
+    for other in (omega.transpose(1, 2).contiguous().transpose(1, 2), omega.repeat(1, 2, 1)[:, :7]):
+        assert all(map(torch.equal, grape.cumulative_phase(other), plain))
+    shared = omega[:, :, :1].expand(-1, -1, 4)
+    assert torch.equal(grape.cumulative_phase(shared)[0][..., 3], plain[0][..., 0])

@@ -45,6 +45,7 @@ KERNELS = [
     Kernel(r"rotary_grads_kernel.*Li[48]EL", 6, 64, ("LDG.E.128", "STG.E.128", "SHFL")),
     Kernel(r"rotary_grads_kernel.*Li1EL", 3, 64, ("LDG.E", "STG.E", "SHFL")),
     Kernel(r"rotary_sum_kernel", 1, 64, ("LDG.E.64",)),
+    Kernel(r"phase_[fb]wd_kernel", 2, 128, ("SHFL.UP", "STG.E.64")),
 ]
 FORBIDDEN = ("LDL", "STL")
 

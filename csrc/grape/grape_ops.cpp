@@ -20,4 +20,9 @@ DF_SCHEMAS(m) {
       "grape_rotary_out(Tensor q, Tensor? k, Tensor? freqs, Tensor? positions, Tensor? offsets,"
       " Tensor? cu_seqlens, Tensor? cos_q, Tensor? sin_q, Tensor? cos_k, Tensor? sin_k,"
       " SymInt offset, float factor, int flags, Tensor(a!) out_q, Tensor(b!)? out_k) -> ()");
+  // The contextual phase of omega [B, T, M], csrc/grape/phase.h: phi float64, final int64 [N, M].
+  m.def(
+      "grape_phase_fwd(Tensor omega, Tensor? cu_seqlens, Tensor? initial)"
+      " -> (Tensor phi, Tensor final)");
+  m.def("grape_phase_bwd(Tensor d_phi, Tensor? cu_seqlens) -> Tensor d_omega");
 }

@@ -3,8 +3,8 @@
 import torch
 
 from .. import _checks
-from . import validation
-from .reference_phase import LARGEST, UNIT, Phase
+from . import raw_phase, validation
+from .reference_phase import LARGEST, UNIT
 
 
 def cumulative_phase(omega, cu_seqlens=None, initial=None, *, validate=False):
@@ -41,7 +41,7 @@ def cumulative_phase(omega, cu_seqlens=None, initial=None, *, validate=False):
         if initial.dtype != torch.int64:
             _checks.fail(op, f"initial must be the int64 `final` of a call, got {initial.dtype}")
         _checks.expect_same_device(op, omega=omega, initial=initial)
-    phi, final = Phase.apply(omega, cu_seqlens, initial)
+    phi, final = raw_phase.phase(omega, cu_seqlens, initial)
     if validation.readable(final, validate) and omega.numel():
         _expect_in_range(op, omega, cu_seqlens, initial)
     return phi, final
