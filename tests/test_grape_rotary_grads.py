@@ -191,6 +191,18 @@ def test_in_place_changes_the_version():
         square.sum().backward()
 
 
+def test_in_place_without_gradients_changes_the_version_too():
+    weight = normal(1, 3, 1, 4).requires_grad_()
+    for change in ("inplace", "output_cache"):
+        q, k = normal(1, 3, 1, 4), normal(1, 3, 1, 4, seed=1)
+        product = weight * k
+        with torch.no_grad():
+            options = {"inplace": True} if change == "inplace" else {"output_cache": k}
+            grape.rotary_qk(q, k, **options)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.sum().backward()
+
+
 def test_only_q_has_a_gradient():
     q, k = heads()
     q.requires_grad_()

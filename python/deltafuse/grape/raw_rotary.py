@@ -148,11 +148,21 @@ def rotate_out(tensors, out_q, out_k, offset, factor, flags):
     """The rotation into other tensors, or into q and k themselves; no gradient."""
     kernel = _kernel("grape_rotary_out", tensors)
     if kernel is not None:
-        return kernel(*tensors, offset, factor, flags, out_q, out_k)
+        kernel(*tensors, offset, factor, flags, out_q, out_k)
+        return _changed(out_q, out_k)
     y_q, y_k = reference.naive_rotary(*tensors, offset, factor, flags)
     out_q.copy_(y_q)
     if out_k is not None:
         out_k.copy_(y_k)
+
+
+def _changed(*tensors):
+    """Autograd learns that these have new values: what it had saved of them is stale."""
+    if torch.compiler.is_compiling():
+        return
+    for t in tensors:
+        if t is not None and not t.is_inference():
+            torch.autograd.graph.increment_version(t)
 
 
 def rotate_in_place(tensors, offset, factor, flags):
