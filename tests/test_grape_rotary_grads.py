@@ -243,3 +243,41 @@ def test_every_element_is_written(nan_filled_memory):
     for name in ("freqs of heads", "real axes", "tables of two", "odd D", "no plane"):
         grads = gradients(*made(name))
         assert all(g.isfinite().all() for g in grads.values())
+
+
+def on(device, options):
+    def move(t):
+        if isinstance(t, tuple):
+            return tuple(map(move, t))
+        return t.to(device) if isinstance(t, torch.Tensor) else t
+
+    return {name: move(t) for name, t in options.items()}
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [F32, BF16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_cases_on_a_gpu(name, dtype):
+    q, k, options = made(name, dtype)
+    got = gradients(q.cuda(), k.cuda(), on("cuda", options))
+    with _library.use("reference"):
+        wanted = gradients(q.double(), k.double(), widened(options))
+    given = {"q": q, "k": k, **flat(options)}
+    for key in wanted:
+        limit = max(LIMIT[dtype] if key in "qk" else PARAMETER[dtype], ROUNDED[given[key].dtype])
+        assert error(got[key].cpu(), wanted[key]) <= limit, key
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_graph_is_captured_on_a_gpu():
+    q, k = (t.cuda() for t in heads(D=64))
+    freqs, offsets = uniform(32).cuda(), torch.tensor([3, 9], device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    grape.rotary_qk(q, k, freqs=freqs, offsets=offsets)
+    with torch.cuda.graph(graph):
+        y = grape.rotary_qk(q, k, freqs=freqs, offsets=offsets)
+    offsets.add_(1000)
+    graph.replay()
+    assert all(map(torch.equal, y, grape.rotary_qk(q, k, freqs=freqs, offsets=offsets)))

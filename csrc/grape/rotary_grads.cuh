@@ -11,9 +11,9 @@
 // together are taken in several passes over the tokens. A second launch adds the CTAs' parts.
 //
 // Shared memory: at most 24 KB of angles and sums (32 KB with many axes) and 16 KB of products.
-// Registers: at most 64, no spills; 4 CTAs an SM. Bytes: dy and y read, dx written: 3 e D a token
-// and head, in 128-bit accesses; parts of dfreqs 8 P A a CTA. Bound by memory, four independent
-// loads a thread in flight.
+// Registers: at most 104, no spills; two CTAs an SM. Bytes: dy and y read, dx written: 3 e D a
+// token and head, in 128-bit accesses; parts of dfreqs 8 P A a CTA. Bound by memory, four
+// independent loads a thread in flight.
 #pragma once
 #include "grape/rotary_kernel.cuh"
 
@@ -143,7 +143,7 @@ __device__ inline void rotary_use(const RotaryLaunch& x, const RotaryToken& at, 
 }
 
 template <class C>
-__global__ void __launch_bounds__(kRotaryThreads, 4)
+__global__ void __launch_bounds__(kRotaryThreads, 2)
     rotary_grads_kernel(const __grid_constant__ RotaryLaunch x) {
   extern __shared__ float4 shared[];
   __shared__ RotaryToken sToken;

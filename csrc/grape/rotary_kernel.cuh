@@ -11,7 +11,7 @@
 //
 // Shared memory: 8 bytes (16 where q and k have tables of their own) a token, angle head and plane,
 // at most 32 KB: 512 bytes a token for D = 128. Reads are free of bank conflicts.
-// Registers: at most 80, no spills; 3 CTAs an SM and more.
+// Registers: at most 100, no spills; two CTAs an SM have 32 KB of loads in flight.
 // Bytes: 2 e D a token and head out of place, 2 e 2P in place, frequencies from the L2 cache.
 // FLOPs: 6 P a token and head, some 60 integer operations an angle. Bound by memory.
 #pragma once
@@ -133,7 +133,7 @@ __device__ inline void rotary_rest(const RotaryArgs& p, const RotaryToken* sToke
 }
 
 template <class C>
-__global__ void __launch_bounds__(kRotaryThreads, 3)
+__global__ void __launch_bounds__(kRotaryThreads, 2)
     rotary_kernel(const __grid_constant__ RotaryArgs p, int tokens_each, int heads_each) {
   using E = typename C::E;
   extern __shared__ float4 shared[];
