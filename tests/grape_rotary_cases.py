@@ -1,7 +1,5 @@
 """What the tests of rotations share: inputs, an independent formula, named calls, limits."""
 
-import math
-
 import torch
 
 from deltafuse import _library, grape
@@ -166,6 +164,3 @@ def high_precision(theta, position):
     mp.prec = 200
     angle = mpf(theta) * mpf(position)
     return float(mp.cos(angle)), float(mp.sin(angle))
-
-
-TWO_PI = 2 * math.pi

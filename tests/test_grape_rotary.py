@@ -111,7 +111,7 @@ def test_1_fp32_positions_and_factor():
 
 
 def probe(positions, theta, **options):
-    """cos and sin as the rotation of (1, 0), and their dtype's own."""
+    """cos and sin of the angles at positions [T], as the rotation of (1, 0)."""
     x = torch.zeros(1, len(positions), 1, 2, dtype=options.pop("dtype", F32))
     x[..., 0] = 1
     y = grape.rotary_qk(x, freqs=torch.tensor([theta]), position_ids=positions[None], **options)

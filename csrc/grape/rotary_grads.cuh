@@ -58,9 +58,9 @@ __device__ inline void rotary_products(const RotaryLaunch& x, const RotaryToken&
       const RotaryHeads &from = k ? p.k : p.q, &saved = k ? x.grads.saved_k : x.grads.saved_q;
       const RotaryOutput& out = k ? p.y_k : p.y_q;
       RotaryPair<C> d, z;
-      d.load(static_cast<const E*>(from.data) + rotary_offset<E>(from, at, head), plane, P,
+      d.load(static_cast<const E*>(from.data) + rotary_offset(from, at, head), plane, P,
              p.interleaved);
-      z.load(static_cast<const E*>(saved.data) + rotary_offset<E>(saved, at, head), plane, P,
+      z.load(static_cast<const E*>(saved.data) + rotary_offset(saved, at, head), plane, P,
              p.interleaved);
 #pragma unroll
       for (int i = 0; i < C::kRun; ++i) {
@@ -69,7 +69,7 @@ __device__ inline void rotary_products(const RotaryLaunch& x, const RotaryToken&
       }
       const int ha = p.Ha == 1 ? 0 : rows.angle_head(row);
       d.rotate(s.angles + ((k && distinct ? count : 0) + ha) * 2 * P, plane, P);
-      d.store(static_cast<E*>(out.data) + rotary_offset<E>(out, at, head), plane, P, p.interleaved);
+      d.store(static_cast<E*>(out.data) + rotary_offset(out, at, head), plane, P, p.interleaved);
     }
   }
 }

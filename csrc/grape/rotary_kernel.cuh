@@ -91,7 +91,7 @@ struct RotaryRows {
   }
 };
 
-template <class E, class Heads>
+template <class Heads>
 __device__ inline int64_t rotary_offset(const Heads& x, const RotaryToken& at, int head) {
   return at.b * x.b + at.t * x.t + head * x.h;
 }
@@ -117,8 +117,8 @@ __device__ inline void rotary_rest(const RotaryArgs& p, const RotaryToken* sToke
       const RotaryHeads& from = rows.is_k(row) ? p.k : p.q;
       const RotaryOutput& to = rows.is_k(row) ? p.y_k : p.y_q;
       const int64_t c = 2 * p.P + i % pieces * kWidth;
-      const E* x = static_cast<const E*>(from.data) + rotary_offset<E>(from, at, head) + c;
-      E* y = static_cast<E*>(to.data) + rotary_offset<E>(to, at, head) + c;
+      const E* x = static_cast<const E*>(from.data) + rotary_offset(from, at, head) + c;
+      E* y = static_cast<E*>(to.data) + rotary_offset(to, at, head) + c;
       if (x == y) continue;
       if constexpr (kWidth == 1)
         *y = *x;
@@ -172,9 +172,9 @@ __global__ void __launch_bounds__(kRotaryThreads, 2)
         const RotaryToken& at = sTokens[token];
         const RotaryHeads& from = k ? p.k : p.q;
         const RotaryOutput& out = k ? p.y_k : p.y_q;
-        x[u].load(static_cast<const E*>(from.data) + rotary_offset<E>(from, at, head), plane, P,
+        x[u].load(static_cast<const E*>(from.data) + rotary_offset(from, at, head), plane, P,
                   interleaved);
-        to[u] = static_cast<E*>(out.data) + rotary_offset<E>(out, at, head);
+        to[u] = static_cast<E*>(out.data) + rotary_offset(out, at, head);
         const int ha = p.Ha == 1 ? 0 : rows.angle_head(row);
         angles[u] = (((k && distinct ? tokens : 0) + token) * count + ha) * 2 * P;
       }
