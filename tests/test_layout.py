@@ -20,6 +20,7 @@ ALLOWED = {
     "integrations": {"gated_delta", "optim", "_library", "_checks"},
     "gated_delta": {"_library", "_checks"},
     "ddl": {"_library", "_checks"},
+    "grape": {"_library", "_checks"},
 }
 
 

@@ -49,6 +49,13 @@ KERNELS = [
     Kernel(r"shift_(fwd|bwd|bwd_wide)_kernel.*Lb1E", 9, 128, ("LDG.E.128", "STG.E.128")),
     Kernel(r"shift_(fwd|bwd|bwd_wide)_kernel.*Lb0E", 9, 128, ("LDG.E", "STG.E")),
     Kernel(r"shift_(last|cache)_kernel", 6, 64, ("STG.E",)),
+    # two CTAs of 256 threads an SM have 32 KB in flight, more than the latency of memory asks for
+    Kernel(r"\drotary_kernel.*Li[48]EL", 6, 128, ("LDG.E.128", "STG.E.128", "LDS")),
+    Kernel(r"\drotary_kernel.*Li1EL", 3, 128, ("LDG.E", "STG.E")),
+    Kernel(r"rotary_grads_kernel.*Li[48]EL", 6, 128, ("LDG.E.128", "STG.E.128", "SHFL")),
+    Kernel(r"rotary_grads_kernel.*Li1EL", 3, 128, ("LDG.E", "STG.E", "SHFL")),
+    Kernel(r"rotary_sum_kernel", 1, 64, ("LDG.E.64",)),
+    Kernel(r"phase_[fb]wd_kernel", 2, 128, ("SHFL.UP", "STG.E.64")),
 ]
 FORBIDDEN = ("LDL", "STL")
 
