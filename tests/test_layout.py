@@ -19,6 +19,7 @@ ALLOWED = {
     "train": {"models", "optim", "gated_delta", "_library", "_checks"},
     "integrations": {"gated_delta", "optim", "_library", "_checks"},
     "gated_delta": {"_library", "_checks"},
+    "grape": {"_library", "_checks"},
 }
 
 

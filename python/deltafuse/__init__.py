@@ -1,6 +1,6 @@
 """deltafuse: fused CPU and CUDA kernels for linear-attention language models."""
 
-from . import _library, ddl, gated_delta, optim
+from . import _library, ddl, gated_delta, grape, optim
 from .ddl import delta_rewrite
 from .gated_delta import (
     GatedDeltaNet,
@@ -23,6 +23,7 @@ __all__ = [
     "delta_rewrite",
     "fused_recurrent_gated_delta_rule",
     "gated_delta",
+    "grape",
     "has_cuda",
     "optim",
 ]
