@@ -26,7 +26,7 @@ class Backward {
     Scratch<T> scratch{memory};
     T** const rows[] = {&x_, &g_};
     for (T** row : rows) *row = scratch.take(p_.D * kTile);
-    T** const planes[] = {&C_, &E_, &c_, &e_, &back_, &change_, &u_, &v_, &sin_, &cos_};
+    T** const planes[] = {&by_row_, &c_, &e_, &back_, &change_, &u_, &v_, &sin_, &cos_};
     for (T** plane : planes) *plane = scratch.take(p_.K * kTile);
     t_ = scratch.take(kTile), rate_ = scratch.take(kTile);
     for (int i = 0; i < kTile; ++i) t_[i] = T(tile_.t[i]), rate_[i] = 0;
@@ -36,17 +36,17 @@ class Backward {
     const FrameArgs& a = p_.args;
     tile_.load_rows(a.x, x_);
     tile_.load_rows(a.g, g_);
-    tile_.coordinates(x_, C_, c_);
-    tile_.coordinates(g_, E_, e_);
+    tile_.coordinates(x_, by_row_, c_);
+    tile_.coordinates(g_, by_row_, e_);
     for (int64_t k = 0; k < a.r; ++k) plane(k);
-    if (sums_ && p_.W) add_products(g_, E_, u_), add_products(x_, C_, v_);
+    if (sums_ && p_.W) add_products(g_, e_, u_), add_products(x_, c_, v_);
     if (sums_ && a.generator)
       for (int64_t j = 0; j < a.r; ++j)
         for (int64_t k = j; k < a.r; ++k) pair(j, k);
     if (a.dt)
       for (int64_t i = 0; i < tile_.count; ++i)
         static_cast<T*>(a.dt)[(tile_.first + i) * a.H + h_] = rate_[i];
-    tile_.add_planes(change_, C_, g_);
+    tile_.add_planes(change_, by_row_, g_);
     tile_.store_rows(g_, a.y);
   }
 
@@ -82,13 +82,13 @@ class Backward {
     if (sums_) sums_[at_.dtheta + k] += sum<T>(dtheta);
   }
 
-  // [2 r, D] += planes rows, and the same with rows W in the place of rows.
+  // [2 r, D] += planes rows, and [2 r, K] += planes coordinates^T.
   void add_products(const T* rows, const T* coordinates, const T* planes) {
     const int64_t K = 2 * p_.args.r;
     gemm<Into::add>(K, p_.D, kTile, plain(planes, kTile), rows, p_.D, sums_ + at_.planes, p_.D);
-    if (p_.args.generator)
-      gemm<Into::add>(K, p_.K, kTile, plain(planes, kTile), coordinates, p_.K, sums_ + at_.across,
-                      p_.K);
+    if (!p_.args.generator) return;
+    transpose(coordinates, kTile, p_.K, kTile, by_row_, p_.K);
+    gemm<Into::add>(K, p_.K, kTile, plain(planes, kTile), by_row_, p_.K, sums_ + at_.across, p_.K);
   }
 
   // Twice the block of M2, as complex numbers: a plane's Jc is -i, X's commuting part is
@@ -124,7 +124,7 @@ class Backward {
   const FrameTile<T> tile_;
   const FrameSums at_;
   T* const sums_;
-  T *x_, *g_, *C_, *E_, *c_, *e_, *back_, *change_, *u_, *v_, *sin_, *cos_, *t_, *rate_;
+  T *x_, *g_, *by_row_, *c_, *e_, *back_, *change_, *u_, *v_, *sin_, *cos_, *t_, *rate_;
 };
 }  // namespace
 

@@ -9,6 +9,19 @@
 namespace df::cpu::DF_ISA {
 constexpr int kTile = kFrameTile;
 
+// Lane l of the result is the sum of x[l].
+template <class T, int kCount = kLanes<T>>
+inline Vec<T> lane_sums(const Vec<T>* x) {
+  if constexpr (kCount == 1) {
+    return x[0];
+  } else {
+    const Vec<T> a = lane_sums<T, kCount / 2>(x), b = lane_sums<T, kCount / 2>(x + kCount / 2);
+    Vec<typename Bits<T>::I> even, odd;
+    for (int l = 0; l < kLanes<T>; ++l) even[l] = 2 * l, odd[l] = 2 * l + 1;
+    return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
+  }
+}
+
 template <class T>
 struct FrameTile {
   const FrameCpu& p;
@@ -26,8 +39,9 @@ struct FrameTile {
     dispatch(a.type, [&](auto tag) {
       using E = typename decltype(tag)::type;
       if constexpr (sizeof(Compute<E>) == sizeof(T))
-        for (int64_t i = 0; i < count; ++i) {
-          const int64_t n = first + i, at = n / a.T * rows.b + n % a.T * rows.t + h * rows.h;
+        for (int64_t i = 0, b = first / a.T, t = first % a.T; i < count; ++i, ++t) {
+          if (t == a.T) t = 0, ++b;
+          const int64_t at = b * rows.b + t * rows.t + h * rows.h;
           load_row(static_cast<const E*>(rows.data) + at, to + i * p.D, a.D);
         }
     });
@@ -46,12 +60,32 @@ struct FrameTile {
     });
   }
 
-  // planes = (rows W)^T; also as it is, in `plain`. Without W the planes are channels.
-  void coordinates(const T* rows, T* by_row, T* planes) const {
+  // planes = (rows W)^T, zeros in the padding of K. Without W the planes are channels.
+  void coordinates(const T* rows, T* scratch, T* planes) const {
+    const int64_t K = 2 * p.args.r;
     if (!p.W) return transpose(rows, p.D, kTile, p.D, planes, kTile);
+    if (2 * K <= kLanes<T>) return few_coordinates(rows, planes);
     const T* W = static_cast<const T*>(p.W) + h * p.args.D * p.K;
-    gemm(kTile, p.K, p.args.D, plain(rows, p.D), W, p.K, by_row, p.K);
-    transpose(by_row, p.K, kTile, p.K, planes, kTile);
+    gemm(kTile, p.K, p.args.D, plain(rows, p.D), W, p.K, scratch, p.K);
+    transpose(scratch, p.K, kTile, p.K, planes, kTile);
+  }
+
+  // The same by dot products of whole rows: a tile product would compute padding above all.
+  void few_coordinates(const T* rows, T* planes) const {
+    constexpr int kL = kLanes<T>;
+    const int64_t K = 2 * p.args.r;
+    const T* Wt = static_cast<const T*>(p.Wt) + h * K * p.D;
+    for (int64_t k = 0; k < K; ++k)
+      for (int i = 0; i < kTile; i += kL) {
+        Vec<T> each[kL] = {};
+        for (int64_t d = 0; d < p.D; d += kL) {
+          const Vec<T> w = load(Wt + k * p.D + d);
+#pragma GCC unroll 16
+          for (int l = 0; l < kL; ++l) each[l] += w * load(rows + (i + l) * p.D + d);
+        }
+        store(planes + k * kTile + i, lane_sums<T>(each));
+      }
+    __builtin_memset(planes + K * kTile, 0, (p.K - K) * kTile * sizeof(T));
   }
 
   // rows += W planes

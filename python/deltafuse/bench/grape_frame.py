@@ -5,7 +5,6 @@ from functools import partial
 import torch
 
 from .. import _library, grape
-from ..grape import reference_frame as reference
 from .case import Benchmark, Case
 
 FRAME, DENSE, COPY = "eager frame form", "eager D x D product", "x.clone()"
