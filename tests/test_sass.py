@@ -45,6 +45,8 @@ KERNELS = [
     Kernel(r"frame_bwd_kernel.*Lb1EEELi0E", 9, 128, ("LDG.E.128", "STG.E.128", "LDS.128")),
     Kernel(r"frame_bwd_kernel.*Lb1EEELi[124]E", 18, 168, ("LDG.E.128", "STG.E.128", "LDS.128")),
     Kernel(r"frame_bwd_kernel.*Lb0EEELi0E", 3, 128, ("LDG.E", "STG.E", "LDS.128")),
+    Kernel(r"frame_mma_kernel.*ELi2E", 2, 128, ("HMMA.16816.F32", "LDG.E.128", "LDS.128")),
+    Kernel(r"frame_mma_kernel.*ELi4E", 2, 224, ("HMMA.16816.F32", "LDG.E.128", "LDS.128")),
     Kernel(r"frame_products_kernel", 12, 168, ("LDG.E.128", "LDS.128")),
     Kernel(r"frame_channels_kernel", 6, 64, ("LDG.E", "STG.E", "DFMA")),
     Kernel(r"frame_pairs_kernel", 1, 128, ("LDG.E.128", "STG.E.128")),
