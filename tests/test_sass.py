@@ -56,6 +56,18 @@ KERNELS = [
     Kernel(r"rotary_grads_kernel.*Li1EL", 3, 128, ("LDG.E", "STG.E", "SHFL")),
     Kernel(r"rotary_sum_kernel", 1, 64, ("LDG.E.64",)),
     Kernel(r"phase_[fb]wd_kernel", 2, 128, ("SHFL.UP", "STG.E.64")),
+    # 4 CTAs of 128 threads an SM; where sums stay in registers and for products 3
+    Kernel(r"frame_fwd_kernel.*Lb1E", 9, 128, ("LDG.E.128", "STG.E.128", "LDS.128", "DFMA")),
+    Kernel(r"frame_fwd_kernel.*Lb0E", 3, 128, ("LDG.E", "STG.E", "LDS.128", "DFMA")),
+    Kernel(r"frame_bwd_kernel.*Lb1EEELi0E", 9, 128, ("LDG.E.128", "STG.E.128", "LDS.128")),
+    Kernel(r"frame_bwd_kernel.*Lb1EEELi[124]E", 18, 168, ("LDG.E.128", "STG.E.128", "LDS.128")),
+    Kernel(r"frame_bwd_kernel.*Lb0EEELi0E", 3, 128, ("LDG.E", "STG.E", "LDS.128")),
+    Kernel(r"frame_mma_kernel.*ELi2E", 2, 128, ("HMMA.16816.F32", "LDG.E.128", "LDS.128")),
+    Kernel(r"frame_mma_kernel.*ELi4E", 2, 224, ("HMMA.16816.F32", "LDG.E.128", "LDS.128")),
+    Kernel(r"frame_products_kernel", 12, 168, ("LDG.E.128", "LDS.128")),
+    Kernel(r"frame_channels_kernel", 6, 64, ("LDG.E", "STG.E", "DFMA")),
+    Kernel(r"frame_pairs_kernel", 1, 128, ("LDG.E.128", "STG.E.128")),
+    Kernel(r"frame_(sum|skew)_kernel", 2, 64, ("LDG.E", "STG.E")),
 ]
 FORBIDDEN = ("LDL", "STL")
 
