@@ -203,6 +203,11 @@ def test_writing_into_a_tensor():
     given = x.clone()
     assert ddl.delta_rewrite_(given, k, v, beta) is given and torch.equal(given, y)
     with pytest.raises(RuntimeError, match="no gradient"):
-        ddl.delta_rewrite_(given, k.requires_grad_(), v, beta)
+        ddl.delta_rewrite_(given, k.detach().requires_grad_(), v, beta)
+    weight = torch.ones_like(given, requires_grad=True)
+    product = (given * weight).sum()
+    ddl.delta_rewrite_(given, k, v, beta)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
     with torch.no_grad():
         ddl.delta_rewrite_(given, k, v, beta)

@@ -68,6 +68,12 @@ KERNELS = [
     Kernel(r"frame_channels_kernel", 6, 64, ("LDG.E", "STG.E", "DFMA")),
     Kernel(r"frame_pairs_kernel", 1, 128, ("LDG.E.128", "STG.E.128")),
     Kernel(r"frame_(sum|skew)_kernel", 2, 64, ("LDG.E", "STG.E")),
+    # one CTA an SM: of 16 warps; backward by features and channels an item also of 12 and 8
+    Kernel(r"boundary_fwd_kernel", 15, 128, ("LDGSTS.E.BYPASS.128", "LDS.128", "STG.E.128")),
+    Kernel(r"boundary_bwd_kernel.*(IfLi[248]E|f16ELi[48]E)", 7, 128, ("LDGSTS.E.BYPASS.128",)),
+    Kernel(r"boundary_bwd_kernel.*(IfLi1E|f16ELi2E)", 3, 168, ("LDGSTS.E.BYPASS.128", "LDS.128")),
+    Kernel(r"boundary_bwd_kernel.*(f16ELi1E|Li16E)", 5, 255, ("LDGSTS.E.BYPASS.128", "LDS.128")),
+    Kernel(r"boundary_finish_kernel", 1, 40, ("LDG.E", "STG.E")),
 ]
 FORBIDDEN = ("LDL", "STL")
 

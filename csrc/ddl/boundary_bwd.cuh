@@ -20,9 +20,12 @@
 // live in the CTA's row of partial sums and in L2. Then 1 to 3 stages of a token's rows a group.
 // d = 2048, d_v = 4, bfloat16: 80 KB of gradients, 64 KB of weights, 2 * 40 KB. A token that does
 // not fit passes in parts, read twice.
-// Registers: at most 128 for 16 warps; 255 for 8 warps (8 features or 16 channels an item).
+// Registers: 128 for CTAs of 16 warps, 159 for 12 (4 features an item), 209 for 8 (8 features or 16
+// channels); no spills.
 // Bytes a token: 3 d_v b + 3 a a feature (b, a: bytes of the state and of k~, c). FLOPs: 18 d_v +
-// 20 a feature; some 120 instructions, about what the memory's time allows on Hopper.
+// 20 a feature, in some 200 instructions for 16-bit d_v = 4: with everything bound by issuing,
+// about twice the time of the bytes on an H100 (counted, not timed). Where gradients of weights do
+// not fit (d = 4096, d_v = 4 and above) their additions in L2 come on top.
 #pragma once
 #include "ddl/boundary_bwd_token.cuh"
 
@@ -43,11 +46,16 @@ __global__ void __launch_bounds__(kBwdWarps<T> * 32, 1)
        base + id * plan.group_bytes + plan.reduction, BoundaryBackward<T>::kWidth, 0},
       base,
       bwd_slot<T>(p.grads, plan.part),
-      view_of(a.read, memory, plan.read, T::kUnits),
-      view_of(a.W_v, memory, plan.W_v, T::kUnits),
-      view_of(a.norm, memory, plan.norm, 2),
-      view_of(a.W_beta, memory, plan.W_beta, 2),
-      {p, a, memory}};
+      view_of<T>(a.read, a, memory, plan.read),
+      view_of<T>(a.W_v, a, memory, plan.W_v),
+      view_of<T>(a.norm, a, memory, plan.norm),
+      view_of<T>(a.W_beta, a, memory, plan.W_beta),
+      {p, a, memory},
+      a.k.data != nullptr,
+      p.grads.d_y.data != nullptr,
+      p.grads.d_c.data != nullptr,
+      p.grads.d_x_in.data != nullptr,
+      a.v_from_context};
 
   const int64_t step = int64_t(gridDim.x) * plan.groups;
   int64_t first = int64_t(blockIdx.x) * plan.groups;

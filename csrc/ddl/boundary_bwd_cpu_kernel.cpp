@@ -173,7 +173,7 @@ class Backward {
   const BoundaryCpu& call_;
   const BoundaryArgs& p_;
   const BoundaryGrads& grads_;
-  const BoundarySums at_;
+  const PaddedSums at_;
   T* const sums_;
   const L lanes_;
   const int64_t row_, padded_row_;

@@ -15,7 +15,9 @@ struct BoundaryBwdLaunch {
 };
 
 template <class T>
-constexpr int kBwdWarps = T::kFeatures == 8 || T::kChannels == 16 ? 8 : 16;
+constexpr int kBwdWarps = T::kFeatures == 8 || T::kChannels == 16 ? 8
+                          : T::kFeatures == 4                     ? 12
+                                                                  : 16;
 // An item's share of one round of tokens.
 template <class T>
 struct ItemSums {

@@ -25,9 +25,8 @@ __host__ __device__ inline BwdSlot bwd_slot(const BoundaryGrads& p, int items) {
 template <class T>
 struct BwdTable {
   static constexpr int kU = 0, kE = T::kChannels, kDz = 2 * T::kChannels;
-  static constexpr int kS = 3 * T::kChannels, kRho = kS + 1, kTau = kS + 2, kUe = kS + 3;
-  static constexpr int kH = kS + 4, kDzBeta = kS + 5;
-  static constexpr int kFloats = (kS + 6 + 7) / 8 * 8;
+  static constexpr int kRest = (3 * T::kChannels + 3) / 4 * 4;  // s, rho, tau, u.e, h, dz_beta
+  static constexpr int kFloats = kRest + 8, kDzBeta = kRest + 5;
 };
 template <int kCount>
 __device__ inline void load_table(uint32_t at, float (&x)[kCount]) {
@@ -59,6 +58,7 @@ struct BoundaryBackward {
   BwdSlot slot;
   WeightView read, W_v, norm, W_beta;
   WeightSums<T> weights;
+  bool rewrite, has_y, has_c, has_x, from_context;
 
   __device__ uint32_t stage(int r, int i) const {
     return groups_base + r * p.plan.group_bytes + i * p.plan.stage_bytes;
@@ -162,16 +162,22 @@ struct BoundaryBackward {
   };
   __device__ void load_item_weights(int item, ItemWeights& w) const {
     const int d = int(a.d), d_v = int(a.d_v);
-    if (a.read.data)
-      load_weights<T>(read, item, w.read, ItemPlace<T, true>{item, d, d_v});
+    if (read.data)
+      load_weights(read, ItemPlace<T, true>{item, d, d_v}, w.read);
     else
-#pragma unroll
-      for (int e = 0; e < kElements; ++e) w.read[e] = e % kChannels < d_v ? 1.0f / d_v : 0;
-    if (a.W_v.data) load_weights<T>(W_v, item, w.W_v, ItemPlace<T, false>{item, d, d_v});
-#pragma unroll
-    for (int f = 0; f < kFeatures; ++f) w.gamma[f] = 1, w.W_beta[f] = 0;
-    if (a.norm.data) load_feature_weights<T>(norm, item, d, w.gamma);
-    if (a.W_beta.data) load_feature_weights<T>(W_beta, item, d, w.W_beta);
+      fill(w.read, 1.0f / float(d_v));
+    if (W_v.data)
+      load_weights(W_v, ItemPlace<T, false>{item, d, d_v}, w.W_v);
+    else
+      fill(w.W_v, 0);
+    if (norm.data)
+      load_feature_weights<T>(norm, item, d, w.gamma);
+    else
+      fill(w.gamma, 1);
+    if (W_beta.data)
+      load_feature_weights<T>(W_beta, item, d, w.W_beta);
+    else
+      fill(w.W_beta, 0);
   }
   // x, dc, and what goes to dx directly, of an item
   struct Context {
@@ -179,10 +185,14 @@ struct BoundaryBackward {
   };
   __device__ void context(uint32_t at, int i, const ItemWeights& w, const float (&y)[kElements],
                           const float (&dz)[kChannels], float dz_beta, Context& c) const {
-#pragma unroll
-    for (int f = 0; f < kFeatures; ++f) c.dc[f] = c.rest[f] = 0;
-    if (p.grads.d_c.data) load_features(at + slot.c, i * kFeatures, a.act, c.dc);
-    if (p.grads.d_x_in.data) load_features(at + slot.x, i * kFeatures, a.act, c.rest);
+    if (has_c)
+      load_features(at + slot.c, i * kFeatures, a.act, c.dc);
+    else
+      fill(c.dc, 0);
+    if (has_x)
+      load_features(at + slot.x, i * kFeatures, a.act, c.rest);
+    else
+      fill(c.rest, 0);
 #pragma unroll
     for (int f = 0; f < kFeatures; ++f) {
       c.x[f] = 0;
@@ -190,26 +200,23 @@ struct BoundaryBackward {
 #pragma unroll
       for (int j = 0; j < kChannels; ++j) {
         c.x[f] += w.read[f * kChannels + j] * y[f * kChannels + j];
-        if (a.W_v.data) projected += w.W_v[f * kChannels + j] * dz[j];
+        projected += w.W_v[f * kChannels + j] * dz[j];
       }
       c.dc[f] += dz_beta * w.W_beta[f];
-      (a.v_from_context ? c.dc[f] : c.rest[f]) += projected;
+      c.dc[f] += from_context ? projected : 0;
+      c.rest[f] += from_context ? 0 : projected;
     }
   }
   __device__ void load_states(uint32_t at, int i, float (&y)[kElements],
                               float (&dy)[kElements]) const {
     unpack_item(load_item<T>(at, i), y);
-    if (p.grads.d_y.data) {
+    if (has_y)
       unpack_item(load_item<T>(at + slot.g, i), dy);
-    } else {
-#pragma unroll
-      for (int e = 0; e < kElements; ++e) dy[e] = 0;
-    }
+    else
+      fill(dy, 0);
   }
   __device__ void load_k(uint32_t at, int i, float s, float (&k)[kFeatures]) const {
-#pragma unroll
-    for (int f = 0; f < kFeatures; ++f) k[f] = 0;
-    if (!a.k.data) return;
+    if (!rewrite) return fill(k, 0);
     load_features(at + slot.k, i * kFeatures, a.act, k);
 #pragma unroll
     for (int f = 0; f < kFeatures; ++f) k[f] *= s;
@@ -221,7 +228,8 @@ struct BoundaryBackward {
   };
   __device__ Sums reduce_token(int64_t n, int stage_index, const Scalars& scalars) {
     float direct[kChannels] = {}, through[kB] = {}, dz[kChannels];
-    const float s = broadcast(scalars.gate, 16), rho = broadcast(scalars.gate, 17);
+    const float s = broadcast(scalars.gate, 16);
+    const float rho = p.grads.norm ? broadcast(scalars.gate, 17) : 0;
     const float dz_beta = broadcast(scalars.gate, 20);
 #pragma unroll
     for (int j = 0; j < kChannels; ++j) dz[j] = broadcast(scalars.dz_v, j);
@@ -238,13 +246,13 @@ struct BoundaryBackward {
         context(at, i, w, y, dz, dz_beta, c);
 #pragma unroll
         for (int f = 0; f < kFeatures; ++f) {
-          const float m = p.grads.norm ? w.gamma[f] * c.dc[f] : 0, q = rho * m + c.rest[f];
+          const float m = w.gamma[f] * c.dc[f], q = rho * m + c.rest[f], kx = k[f] * c.x[f];
           through[kChannels] += m * c.x[f];
 #pragma unroll
           for (int j = 0; j < kChannels; ++j) {
             const float R = w.read[f * kChannels + j];
             direct[j] += k[f] * (dy[f * kChannels + j] + R * q);
-            through[j] += k[f] * R * c.x[f];
+            through[j] += kx * R;
           }
         }
       }
@@ -284,7 +292,7 @@ struct BoundaryBackward {
     const float erase = a.beta_erase.data ? broadcast(x.gate, 19) : beta;
     const float tau = rho * rho * rho * broadcast(sums.through_norm, kChannels) / float(a.d);
     const float through = tau * sums.through_norm;
-    const float g_j = channel ? sums.direct - (p.grads.norm ? through : 0) : 0;
+    const float g_j = channel ? sums.direct - through : 0;
     const float p_j = channel ? x.p_j : 0, v_j = channel ? v : 0;
     const float u = beta * v_j - erase * p_j, e = erase * g_j;
     const float gv = lane_sum<32>(g_j * v_j), gp = lane_sum<32>(g_j * p_j);
@@ -301,7 +309,7 @@ struct BoundaryBackward {
                        : j == 3 ? ue
                        : j == 4 ? h
                                 : dz_beta;
-    if (j < 6) sts32(table(g.id) + 4 * (Table::kS + j), __float_as_uint(rest));
+    if (j < 8) sts32(table(g.id) + 4 * (Table::kRest + j), __float_as_uint(rest));
     if (!a.k.data) return;
     if (channel) static_cast<float*>(p.grads.dv)[n * d_v + j] = beta * g_j * v_slope;
     if (j == 0)
@@ -313,21 +321,21 @@ struct BoundaryBackward {
   __device__ void apply(int64_t n, int r, uint32_t at, int item, int i, const ItemWeights& w,
                         ItemSums<T>& sums) const {
     const uint32_t row = table(r);
-    const auto scalar = [&](int index) { return lds_float(row + 4 * index); };
-    float y[kElements], dy[kElements], k[kFeatures], dz[kChannels];
+    float y[kElements], dy[kElements], k[kFeatures], dz[kChannels], rest[8];
     Context c;
+    load_table(row + 4 * Table::kRest, rest);
     load_states(at, i, y, dy);
-    load_k(at, i, scalar(Table::kS), k);
+    load_k(at, i, rest[0], k);
     load_table(row + 4 * Table::kDz, dz);
-    const float rho = scalar(Table::kRho), dz_beta = scalar(Table::kDzBeta);
+    const float rho = rest[1], tau = rest[2], dz_beta = rest[5];
     context(at, i, w, y, dz, dz_beta, c);
 #pragma unroll
     for (int f = 0; f < kFeatures; ++f) {
-      const float m = p.grads.norm ? w.gamma[f] * c.dc[f] : 0, normed = c.x[f] * rho;
-      const float dx = rho * m - scalar(Table::kTau) * c.x[f] + c.rest[f];
-      const float source = a.v_from_context ? w.gamma[f] * normed : c.x[f];
+      const float m = w.gamma[f] * c.dc[f], normed = c.x[f] * rho, to_c = w.gamma[f] * normed;
+      const float dx = rho * m - tau * c.x[f] + c.rest[f];
+      const float source = from_context ? to_c : c.x[f];
       sums.gamma[f] += c.dc[f] * normed;
-      sums.W_beta[f] += dz_beta * (w.gamma[f] * normed);
+      sums.W_beta[f] += dz_beta * to_c;
 #pragma unroll
       for (int j = 0; j < kChannels; ++j) {
         sums.read[f * kChannels + j] += dx * y[f * kChannels + j];
@@ -335,7 +343,7 @@ struct BoundaryBackward {
         dy[f * kChannels + j] += dx * w.read[f * kChannels + j];
       }
     }
-    if (a.k.data) apply_rewrite(row, at, i, k, y, dy);
+    if (rewrite) apply_rewrite(row, at, i, rest, k, y, dy);
     const Packed<T> raw = pack_item<T>(dy);
     if (p.direct) {
       State* const to = static_cast<State*>(p.grads.dx) + n * a.d * a.d_v;
@@ -345,13 +353,13 @@ struct BoundaryBackward {
     }
   }
   // dy: G^, becomes dX; dk~ takes the place of k~
-  __device__ void apply_rewrite(uint32_t row, uint32_t at, int i, const float (&k)[kFeatures],
-                                const float (&y)[kElements], float (&dy)[kElements]) const {
-    const auto scalar = [&](int index) { return lds_float(row + 4 * index); };
+  __device__ void apply_rewrite(uint32_t row, uint32_t at, int i, const float (&rest)[8],
+                                const float (&k)[kFeatures], const float (&y)[kElements],
+                                float (&dy)[kElements]) const {
     float u[kChannels], e[kChannels], dk[kFeatures];
     load_table(row + 4 * Table::kU, u);
     load_table(row + 4 * Table::kE, e);
-    const float ue = scalar(Table::kUe), h = scalar(Table::kH), s = scalar(Table::kS);
+    const float s = rest[0], ue = rest[3], h = rest[4];
 #pragma unroll
     for (int f = 0; f < kFeatures; ++f) {
       dk[f] = k[f] * ue;

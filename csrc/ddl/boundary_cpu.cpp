@@ -103,9 +103,7 @@ void rewrite_out(const Tensor& x, const Tensor& k, const Tensor& v, const Tensor
                  const OptTensor& beta_erase, const Tensor& out, double k_eps, double v_scale,
                  int64_t flags) {
   const BoundaryInputs in(x, k, v, beta, beta_erase);
-  STD_TORCH_CHECK(
-      out.is_contiguous() && out.numel() == x.numel() && out.scalar_type() == x.scalar_type(),
-      "ddl_rewrite_out: out must be contiguous, of the shape and dtype of x");
+  expect_out(out, x);
   const BoundaryArgs args = in.args(int64_t(dtype(k)), k_eps, 0, v_scale, flags);
   Call run(in, args, {}, false);
   run.call.args.y = pointer(out);
@@ -167,7 +165,7 @@ Backward bwd(const OptTensor& d_y, const OptTensor& d_x_in, const OptTensor& d_c
                       pointer(dv),
                       pointer(dbeta),
                       pointer(derase)};
-  const BoundarySums at(run.call);
+  const PaddedSums at(run.call);
   const int64_t block = std::max(kLeastBlock, (N + kMostBlocks - 1) / kMostBlocks);
   PartialSums sums(saved, N, block, at.total, boundary_scratch(run.call));
   auto* kernel = DF_CPU(boundary_bwd);

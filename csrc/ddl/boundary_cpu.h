@@ -19,10 +19,10 @@ inline int64_t boundary_scratch(const BoundaryCpu& p) {
 
 // Sums over tokens for the gradients of the weights, one after the other in an array of `total`
 // elements of the compute type; each starts at a whole 64 bytes.
-struct BoundarySums {
+struct PaddedSums {
   int64_t read, norm, W_v, W_beta, b_v, b_beta, total;
 
-  BoundarySums(const BoundaryCpu& p)
+  PaddedSums(const BoundaryCpu& p)
       : read(0),
         norm(p.padded * p.args.d_v),
         W_v(norm + p.padded),
@@ -33,7 +33,7 @@ struct BoundarySums {
 };
 
 namespace cpu {
-// Tokens [first, last). `wide`: the compute type is double. sums: BoundarySums, added to.
+// Tokens [first, last). `wide`: the compute type is double. sums: PaddedSums, added to.
 DF_DECLARE_CPU(boundary_fwd, const BoundaryCpu&, bool wide, int64_t first, int64_t last,
                void* scratch)
 DF_DECLARE_CPU(boundary_bwd, const BoundaryCpu&, const BoundaryGrads&, bool wide, int64_t first,

@@ -1,55 +1,11 @@
 // Allocation, checks and registration of the boundary's CUDA kernels. Python has checked the
 // shapes.
 #include "common/cuda_shim.h"
+#include "ddl/boundary_host.h"
 #include "ddl/boundary_launch.h"
 
 namespace df::cuda {
 namespace {
-// As in python/deltafuse/ddl/raw.py.
-struct Flags {
-  explicit Flags(int64_t bits)
-      : v_logits(bits & 1),
-        beta_logits(bits & 2),
-        normalize_k(bits & 4),
-        v_from_context(bits & 8),
-        x_in(bits & 16),
-        norm(bits & 32),
-        save(bits & 64) {}
-  bool v_logits, beta_logits, normalize_k, v_from_context, x_in, norm, save;
-};
-
-ScalarType scalar_type(DType type) {
-  switch (type) {
-    case DType::f32: return ScalarType::Float;
-    case DType::f64: return ScalarType::Double;
-    case DType::bf16: return ScalarType::BFloat16;
-    default: return ScalarType::Half;
-  }
-}
-
-void refuse_float64(bool wide) {
-  STD_TORCH_CHECK(!wide,
-                  "ddl: float64 states and directions have no CUDA kernel, only the"
-                  " reference");
-}
-
-// A tensor whose tokens are contiguous rows, or a copy that is.
-Tensor rows(const Tensor& t) {
-  int64_t expected = 1;
-  for (int64_t i = t.dim() - 1; i > 0; expected *= t.size(i), --i)
-    if (t.size(i) > 1 && t.stride(i) != expected) return contiguous(t);
-  return t;
-}
-OptTensor rows(const OptTensor& t) {
-  return t ? OptTensor(rows(*t)) : t;
-}
-TokenRows token_rows(const OptTensor& t) {
-  return t ? TokenRows{t->const_data_ptr(), t->size(0) > 1 ? t->stride(0) : 0} : TokenRows{};
-}
-
-struct Weights {  // contiguous
-  OptTensor read, norm, W_v, b_v, W_beta, b_beta;
-};
 OptTensor dense(const OptTensor& t) {
   return t ? OptTensor(contiguous(*t)) : t;
 }
@@ -58,38 +14,18 @@ Weight weight(const OptTensor& t) {
 }
 
 // The tensors that an operator reads; they live until the launch.
-struct Inputs {
-  Tensor x;
-  OptTensor k, v, beta, beta_erase;
-  Weights weights;
+struct Inputs : BoundaryInputs {
+  BoundaryWeights weights;  // contiguous
 
-  Inputs(const Tensor& x, const OptTensor& k, const OptTensor& v, const OptTensor& beta,
-         const OptTensor& beta_erase, const Weights& w)
-      : x(rows(x)),
-        k(rows(k)),
-        v(rows(v)),
-        beta(beta),
-        beta_erase(beta_erase),
-        weights{dense(w.read), dense(w.norm),   dense(w.W_v),
-                dense(w.b_v),  dense(w.W_beta), dense(w.b_beta)} {}
+  Inputs(const BoundaryInputs& rows, const BoundaryWeights& w)
+      : BoundaryInputs(rows), weights{dense(w.read), dense(w.norm),   dense(w.W_v),
+                                      dense(w.b_v),  dense(w.W_beta), dense(w.b_beta)} {}
 
-  BoundaryArgs args(DType act, const Flags& flags, double k_eps, double norm_eps,
-                    double v_scale) const {
-    refuse_float64(dtype(x) == DType::f64 || act == DType::f64);
-    STD_TORCH_CHECK(x.dim() == 3 && x.size(1) > 0 && x.size(2) > 0 && x.size(2) <= kMaxChannels,
-                    "ddl: x must be [N, d, d_v] with d_v in 1..16");
-    STD_TORCH_CHECK(!k || dtype(*k) == act, "ddl: k must have the type of c and x_in");
-    for (const OptTensor* gate : {&v, &beta, &beta_erase})
-      STD_TORCH_CHECK(!*gate || (*gate)->scalar_type() == ScalarType::Float,
-                      "ddl: v and beta must be float32");
-    BoundaryArgs a{};
-    a.N = x.size(0), a.d = x.size(1), a.d_v = x.size(2);
-    a.state = dtype(x), a.act = act;
-    a.v_logits = flags.v_logits, a.beta_logits = flags.beta_logits;
-    a.normalize_k = flags.normalize_k, a.v_from_context = flags.v_from_context;
-    a.k_eps = k_eps, a.norm_eps = norm_eps, a.v_scale = v_scale;
-    a.x = token_rows(x), a.k = token_rows(k);
-    a.v = token_rows(v), a.beta = token_rows(beta), a.beta_erase = token_rows(beta_erase);
+  BoundaryArgs args(int64_t act, double k_eps, double norm_eps, double v_scale,
+                    int64_t flags) const {
+    BoundaryArgs a = BoundaryInputs::args(act, k_eps, norm_eps, v_scale, flags);
+    STD_TORCH_CHECK(a.state != DType::f64 && a.act != DType::f64,
+                    "ddl: float64 states have no CUDA kernel, only the reference");
     a.read = weight(weights.read), a.norm = weight(weights.norm);
     a.W_v = weight(weights.W_v), a.b_v = weight(weights.b_v);
     a.W_beta = weight(weights.W_beta), a.b_beta = weight(weights.b_beta);
@@ -139,7 +75,7 @@ struct Grads {
   Tensor read, norm, W_v, b_v, W_beta, b_beta;
 
   Grads(const Inputs& in) : dx(empty(in.x, {in.x.size(0), in.x.size(1), in.x.size(2)})) {
-    const Weights& w = in.weights;
+    const BoundaryWeights& w = in.weights;
     dk = like(in.k), dv = like(in.v), dbeta = like(in.beta), dbeta_erase = like(in.beta_erase);
     read = like(w.read), norm = like(w.norm), W_v = like(w.W_v), b_v = like(w.b_v);
     W_beta = like(w.W_beta), b_beta = like(w.b_beta);
@@ -162,10 +98,6 @@ struct Grads {
     return p;
   }
 };
-
-void* pointer(const Tensor& t) {
-  return t.numel() == 0 ? nullptr : t.mutable_data_ptr();
-}
 }  // namespace
 
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -175,23 +107,22 @@ static Forward boundary_fwd(const Tensor& x, const OptTensor& k, const OptTensor
                             const OptTensor& read, const OptTensor& norm, const OptTensor& W_v,
                             const OptTensor& b_v, const OptTensor& W_beta, const OptTensor& b_beta,
                             int64_t act, double k_eps, double norm_eps, double v_scale,
-                            int64_t flag_bits) {
-  const Flags flags(flag_bits);
-  const Inputs in(x, k, v, beta, beta_erase, {read, norm, W_v, b_v, W_beta, b_beta});
-  BoundaryArgs a = in.args(DType(act), flags, k_eps, norm_eps, v_scale);
+                            int64_t flags) {
+  const Inputs in({x, k, v, beta, beta_erase}, {read, norm, W_v, b_v, W_beta, b_beta});
+  BoundaryArgs a = in.args(act, k_eps, norm_eps, v_scale, flags);
   const auto made = [&](bool wanted, std::initializer_list<int64_t> sizes, ScalarType type) {
     return wanted ? empty(x, sizes, type) : empty(x, {0}, type);
   };
-  const ScalarType out = scalar_type(a.act);
+  const ScalarType out = scalar_type(act);
   const Tensor y = made(bool(k), {a.N, a.d, a.d_v}, x.scalar_type());
-  const Tensor x_in = made(flags.x_in, {a.N, a.d}, out), c = made(flags.norm, {a.N, a.d}, out);
+  const Tensor x_in = made(flags & kXIn, {a.N, a.d}, out), c = made(flags & kNorm, {a.N, a.d}, out);
   const Tensor z_v = made(bool(W_v), {a.N, a.d_v}, ScalarType::Float);
   const Tensor z_beta = made(bool(W_beta), {a.N}, ScalarType::Float);
-  const Tensor saved = made(flags.save, {a.N, a.d_v + 2}, ScalarType::Float);
+  const Tensor saved = made(flags & kSave, {a.N, a.d_v + 2}, ScalarType::Float);
   if (a.N > 0) {
     a.y = pointer(y), a.x_in = pointer(x_in), a.c = pointer(c);
     a.z_v = pointer(z_v), a.z_beta = pointer(z_beta), a.saved = pointer(saved);
-    const Weights& w = in.weights;
+    const BoundaryWeights& w = in.weights;
     const Launch launch(in.x, in.k, in.v, in.beta, in.beta_erase, w.read, w.norm, w.W_v, w.b_v,
                         w.W_beta, w.b_beta, y, x_in, c, z_v, z_beta, saved);
     forward(a, launch);
@@ -208,24 +139,24 @@ static Backward boundary_bwd(const OptTensor& d_y, const OptTensor& d_x_in, cons
                              const OptTensor& beta_erase, const OptTensor& read,
                              const OptTensor& norm, const OptTensor& W_v, const OptTensor& b_v,
                              const OptTensor& W_beta, const OptTensor& b_beta, const Tensor& saved,
-                             int64_t act, double v_scale, int64_t flag_bits) {
-  const Flags flags(flag_bits);
-  const Inputs in(y, k, v, beta, beta_erase, {read, norm, W_v, b_v, W_beta, b_beta});
+                             int64_t act, double v_scale, int64_t flags) {
+  const Inputs in({y, k, v, beta, beta_erase}, {read, norm, W_v, b_v, W_beta, b_beta});
   BoundaryGrads p{};
-  p.forward = in.args(DType(act), flags, 0, 0, v_scale);
+  p.forward = in.args(act, 0, 0, v_scale, flags);
   check_gradients(p.forward, d_y, d_x_in, d_c, d_z_v, d_z_beta);
   BoundaryArgs& a = p.forward;
-  const Weights& w = in.weights;
+  const BoundaryWeights& w = in.weights;
   const Grads grads(in);
-  p.norm = flags.norm;
+  p.norm = flags & kNorm;
   p.weights = w.read || w.norm || w.W_v || w.W_beta;
   const BoundarySums sums(a, bool(w.read), bool(w.norm));
   Tensor partials = empty(y, {0}, ScalarType::Float);
   BoundaryFinish last = grads.finish(sums);
   if (a.N > 0) {
-    const OptTensor g_y = rows(d_y), g_x_in = rows(d_x_in), g_c = rows(d_c), g_z_v = rows(d_z_v);
-    p.d_y = token_rows(g_y), p.d_x_in = token_rows(g_x_in), p.d_c = token_rows(g_c);
-    p.d_z_v = token_rows(g_z_v), p.d_z_beta = token_rows(d_z_beta);
+    const OptTensor g_y = token_rows(d_y), g_x_in = token_rows(d_x_in), g_c = token_rows(d_c),
+                    g_z_v = token_rows(d_z_v);
+    p.d_y = rows_of(g_y), p.d_x_in = rows_of(g_x_in), p.d_c = rows_of(g_c);
+    p.d_z_v = rows_of(g_z_v), p.d_z_beta = rows_of(d_z_beta);
     const Tensor scalars = contiguous(saved);
     a.saved = scalars.mutable_data_ptr();
     p.dx = pointer(grads.dx), p.dk = pointer(grads.dk), p.dv = pointer(grads.dv);
@@ -252,10 +183,10 @@ static Backward boundary_bwd(const OptTensor& d_y, const OptTensor& d_x_in, cons
 
 static void rewrite_out(const Tensor& x, const Tensor& k, const Tensor& v, const Tensor& beta,
                         const OptTensor& beta_erase, const Tensor& out, double k_eps,
-                        double v_scale, int64_t flag_bits) {
-  STD_TORCH_CHECK(out.is_contiguous(), "ddl_rewrite_out: out must be contiguous");
-  const Inputs in(x, k, v, beta, beta_erase, {});
-  BoundaryArgs a = in.args(dtype(k), Flags(flag_bits), k_eps, 0, v_scale);
+                        double v_scale, int64_t flags) {
+  expect_out(out, x);
+  const Inputs in({x, k, v, beta, beta_erase}, {});
+  BoundaryArgs a = in.args(int64_t(dtype(k)), k_eps, 0, v_scale, flags);
   if (a.N == 0) return;
   a.y = out.mutable_data_ptr();
   const Launch launch(in.x, in.k, in.v, in.beta, in.beta_erase, out);

@@ -1,7 +1,7 @@
 // Forward of the boundary (equations in boundary.h), a token X [d, d_v] at a time:
 //   s = (sum k~^2 + eps^2)^-1/2,  p_j = s sum_i k~_i X_ij,  Y_ij = X_ij + s k~_i u_j
-//   x_i = sum_j R_ij Y_ij,  rho = (mean x^2 + eps)^-1/2,  c_i = gamma_i x_i rho,  z = W (x or c) +
-//   b
+//   x_i = sum_j R_ij Y_ij,  rho = (mean x^2 + eps)^-1/2,  c_i = gamma_i x_i rho
+//   z_v = W_v (x or c) + b_v,  z_beta = W_beta c + b_beta
 //
 // One persistent launch. A group of 1 to 16 warps, 4 items (boundary_tile.cuh) a thread, owns a
 // token; a CTA of up to 16 warps is several groups that share the weights. A group:
@@ -14,13 +14,13 @@
 // d and d_v alone: a token's result is the same anywhere, and with or without the read-out.
 //
 // Shared memory: weights as float (4 d (2 d_v + 2) bytes; those that do not fit are read from L2),
-// and for a group 1 to 3 stages of a token's rows and x as float. d = 2048, d_v = 4, bfloat16: 80
-// KB
-// + 2 groups of (3 * 20 + 8) KB. A token that does not fit at all (65536 floats) passes in parts,
-// whose second and third reading come from L2. Item accesses have no bank conflicts.
-// Registers: at most 128 (one CTA of 16 warps an SM); no spills.
+// and for a group 1 to 3 stages of a token's rows and x as float. d = 2048, d_v = 4, bfloat16:
+// 80 KB, and 2 groups of 3 * 20 + 8 KB. A token that does not fit at all (65536 floats) passes in
+// parts, whose second reading comes from L2. Item accesses have no bank conflicts.
+// Registers: at most 122 (one CTA of 16 warps an SM has 128); no spills.
 // Bytes a token: 2 d_v b + 2 a a feature (b, a: bytes of the state and of k~, c). FLOPs: 8 d_v + 10
-// a feature. Bound by memory; the 50 or so instructions a feature need half of the issue slots.
+// a feature, in some 100 instructions for 16-bit d_v = 4. Bound by memory with rewrite or read-out
+// alone; with everything, issuing takes about as long as the bytes on an H100 (counted, not timed).
 #pragma once
 #include "ddl/boundary_plan.cuh"
 
@@ -42,7 +42,8 @@ struct BoundaryForward {
   Group g;
   uint32_t base;  // the group's memory
   WeightView read, W_v, norm, W_beta;
-  bool readout;
+  bool readout, rewrite, from_context;
+  float mean;  // 1 / d_v without a read-out weight, else 1
 
   // ---- rows
   __device__ RowPart state_part(uint32_t stage, int part, bool vectors) const {
@@ -178,15 +179,19 @@ struct BoundaryForward {
     float u[kChannels], sums[kWrite] = {};
 #pragma unroll
     for (int j = 0; j < kChannels; ++j) u[j] = broadcast(u_lane, j);
+    State* const row = static_cast<State*>(p.a.y) + n * p.a.d * p.a.d_v;
     for (int part = 0; part < p.plan.parts; ++part) {
       if (p.plan.parts > 1) fetch_part(n, part);
       each_item(part, [&](int item, int i) {
         float y[T::kElements];
         Packed<T> raw = load_item<T>(stage, i);
         unpack_item(raw, y);
-        if (p.a.k.data) {
+        if (rewrite) {
           raw = rewritten(stage, i, k_by, u, y);
-          store_y(n, stage, item, i, raw);
+          if (p.direct)
+            __stcg(reinterpret_cast<uint4*>(row + int64_t(item) * T::kElements), raw.piece[0]);
+          else
+            store_item(stage, i, raw);
           unpack_item(raw, y);
         }
         if (readout) read_out(item, y, sums);
@@ -214,14 +219,6 @@ struct BoundaryForward {
     }
     return pack_item<T>(y);
   }
-  __device__ void store_y(int64_t n, uint32_t stage, int item, int i, const Packed<T>& raw) const {
-    if (p.direct) {
-      State* const y = static_cast<State*>(p.a.y) + n * p.a.d * p.a.d_v;
-      __stcg(reinterpret_cast<uint4*>(y + int64_t(item) * T::kElements), raw.piece[0]);
-    } else {
-      store_item(stage, i, raw);
-    }
-  }
   __device__ void flush_y(int64_t n, uint32_t stage, int part) const {
     if (!p.a.k.data || p.direct) return;
     const int64_t from = int64_t(part) * p.plan.part * kFeatures;
@@ -230,34 +227,39 @@ struct BoundaryForward {
     if (p.x_vectors != p.y_vectors) g.sync();  // `fetch` divides the row otherwise
   }
   __device__ void read_out(int item, const float (&y)[T::kElements], float (&sums)[kWrite]) const {
+    const int d = int(p.a.d), d_v = int(p.a.d_v);
     float w[T::kElements], x[kFeatures], c[kFeatures], gamma[kFeatures];
-    if (p.a.read.data)
-      load_weights<T>(read, item, w, ItemPlace<T, true>{item, int(p.a.d), int(p.a.d_v)});
-    const float mean = 1.0f / float(p.a.d_v);
-    if (p.a.norm.data) load_feature_weights<T>(norm, item, int(p.a.d), gamma);
+    if (read.data)
+      load_weights(read, ItemPlace<T, true>{item, d, d_v}, w);
+    else
+      fill(w, 1);
+    if (norm.data)
+      load_feature_weights<T>(norm, item, d, gamma);
+    else
+      fill(gamma, 1);
 #pragma unroll
     for (int f = 0; f < kFeatures; ++f) {
       x[f] = 0;
 #pragma unroll
-      for (int j = 0; j < kChannels; ++j)
-        x[f] += y[f * kChannels + j] * (p.a.read.data ? w[f * kChannels + j] : 1);
-      if (!p.a.read.data) x[f] *= mean;
+      for (int j = 0; j < kChannels; ++j) x[f] += y[f * kChannels + j] * w[f * kChannels + j];
+      x[f] *= mean;
       sums[kChannels] += x[f] * x[f];
-      c[f] = p.a.norm.data ? gamma[f] * x[f] : x[f];
+      c[f] = gamma[f] * x[f];
     }
     store_features(base + p.plan.x, item * kFeatures, DType::f32, x);
-    if (p.a.W_v.data) {
-      load_weights<T>(W_v, item, w, ItemPlace<T, false>{item, int(p.a.d), int(p.a.d_v)});
-#pragma unroll
-      for (int f = 0; f < kFeatures; ++f)
-#pragma unroll
-        for (int j = 0; j < kChannels; ++j)
-          sums[j] += w[f * kChannels + j] * (p.a.v_from_context ? c[f] : x[f]);
-    }
-    if (p.a.W_beta.data) {
-      load_feature_weights<T>(W_beta, item, int(p.a.d), gamma);
+    if (W_beta.data) {
+      load_feature_weights<T>(W_beta, item, d, gamma);
 #pragma unroll
       for (int f = 0; f < kFeatures; ++f) sums[kChannels + 1] += gamma[f] * c[f];
+    }
+    if (W_v.data) {
+      load_weights(W_v, ItemPlace<T, false>{item, d, d_v}, w);
+#pragma unroll
+      for (int f = 0; f < kFeatures; ++f) {
+        const float source = from_context ? c[f] : x[f];
+#pragma unroll
+        for (int j = 0; j < kChannels; ++j) sums[j] += w[f * kChannels + j] * source;
+      }
     }
   }
 
@@ -293,8 +295,10 @@ struct BoundaryForward {
         load_features(sX, i, DType::f32, x);
         if (norm.staged)
           load_features(norm.shared, i, DType::f32, gamma);
-        else if (p.a.norm.data)
-          load_global(p.a.norm, gamma, [&](int f) { return int64_t(i + f); });
+        else if (norm.vectors)
+          load_run<4>(norm, i, gamma);
+        else if (norm.data)
+          load_each(norm, gamma, [&](int f) { return i + f; });
 #pragma unroll
         for (int f = 0; f < 4; ++f) x[f] = fn(x[f], gamma[f]);
         const int64_t at = n * d + i;
@@ -326,11 +330,14 @@ __global__ void __launch_bounds__(kBoundaryWarps * 32, 1)
                        {plan.warps, id, warp % plan.warps, int(threadIdx.x % 32),
                         base + plan.reduction, BoundaryForward<T>::kWrite, 0},
                        base,
-                       view_of(p.a.read, shared, plan.read, T::kUnits),
-                       view_of(p.a.W_v, shared, plan.W_v, T::kUnits),
-                       view_of(p.a.norm, shared, plan.norm, 2),
-                       view_of(p.a.W_beta, shared, plan.W_beta, 2),
-                       p.a.c || p.a.x_in || p.a.z_v || p.a.z_beta};
+                       view_of<T>(p.a.read, p.a, shared, plan.read),
+                       view_of<T>(p.a.W_v, p.a, shared, plan.W_v),
+                       view_of<T>(p.a.norm, p.a, shared, plan.norm),
+                       view_of<T>(p.a.W_beta, p.a, shared, plan.W_beta),
+                       p.a.c || p.a.x_in || p.a.z_v || p.a.z_beta,
+                       p.a.k.data != nullptr,
+                       p.a.v_from_context,
+                       p.a.read.data ? 1 : 1.0f / float(d_v)};
 
   const int64_t step = int64_t(gridDim.x) * plan.groups;
   int64_t n = int64_t(blockIdx.x) * plan.groups + id;

@@ -85,6 +85,11 @@ struct BoundaryInputs {
   }
 };
 
+inline void expect_out(const Tensor& out, const Tensor& x) {
+  STD_TORCH_CHECK(
+      out.is_contiguous() && out.numel() == x.numel() && out.scalar_type() == x.scalar_type(),
+      "ddl_rewrite_out: out must be contiguous, of the shape and dtype of x");
+}
 inline void* pointer(const Tensor& t) {
   return t.numel() ? t.mutable_data_ptr() : nullptr;
 }

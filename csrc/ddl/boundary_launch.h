@@ -18,6 +18,28 @@ struct BoundaryPlan {
   int64_t bytes, grid;
 };
 
+// Sums over the tokens for the gradients of the weights, in the compute type; absent ones are 0
+// wide.
+struct BoundarySums {
+  int64_t read, norm, W_v, b_v, W_beta, b_beta, total;  // where each one begins
+
+  BoundarySums(const BoundaryArgs& p, bool read_wanted, bool norm_wanted) {
+    int64_t at = 0;
+    const auto take = [&at](int64_t size) {
+      const int64_t begin = at;
+      at += size;
+      return begin;
+    };
+    read = take(read_wanted ? p.d * p.d_v : 0);
+    norm = take(norm_wanted ? p.d : 0);
+    W_v = take(p.W_v.data ? p.d_v * p.d : 0);
+    b_v = take(p.W_v.data ? p.d_v : 0);
+    W_beta = take(p.W_beta.data ? p.d : 0);
+    b_beta = take(p.W_beta.data ? 1 : 0);
+    total = at;
+  }
+};
+
 bool boundary_fwd_f32_cuda(const BoundaryArgs& p, void* stream);
 bool boundary_fwd_bf16_cuda(const BoundaryArgs& p, void* stream);
 bool boundary_fwd_f16_cuda(const BoundaryArgs& p, void* stream);

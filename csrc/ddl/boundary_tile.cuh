@@ -301,70 +301,119 @@ __device__ inline void flush(const RowPart& x, void* row, int thread, int thread
 
 // ---- weights: as float in shared memory, or where they are
 struct WeightView {
-  Weight global;
-  uint32_t shared;
-  bool staged;
-  int swizzle;  // in shared memory
+  const void* data;  // null: absent
+  DType type;
+  bool staged;      // has a copy in shared memory
+  bool vectors;     // else: items are whole and aligned
+  uint32_t shared;  // the copy
 };
-__device__ inline WeightView view_of(const Weight& w, uint32_t memory, int offset, int swizzle) {
-  return {w, memory + (offset < 0 ? 0 : offset), offset >= 0 && w.data != nullptr, swizzle};
+template <class T>
+__device__ inline WeightView view_of(const Weight& w, const BoundaryArgs& a, uint32_t memory,
+                                     int offset) {
+  const bool whole = a.d % T::kFeatures == 0 && a.d_v == T::kChannels;
+  const bool aligned = reinterpret_cast<uintptr_t>(w.data) % 16 == 0 && w.type != DType::f64;
+  const bool present = w.data != nullptr;
+  return {w.data, w.type, present && offset >= 0, present && whole && aligned, memory + offset};
 }
 
+// kCount neighbouring elements at i, a multiple of kCount, on their boundary.
+template <int kCount>
+__device__ inline void load_run(const WeightView& w, int64_t i, float* x) {
+  constexpr int kStep = kCount < 4 ? kCount : 4;
+#pragma unroll
+  for (int n = 0; n < kCount; n += kStep) {
+    if (w.type == DType::f32) {
+      const float* const p = static_cast<const float*>(w.data) + i + n;
+      if constexpr (kStep == 1) {
+        x[n] = __ldg(p);
+      } else if constexpr (kStep == 2) {
+        const float2 raw = __ldg(reinterpret_cast<const float2*>(p));
+        x[n] = raw.x, x[n + 1] = raw.y;
+      } else {
+        const float4 raw = __ldg(reinterpret_cast<const float4*>(p));
+        x[n] = raw.x, x[n + 1] = raw.y, x[n + 2] = raw.z, x[n + 3] = raw.w;
+      }
+      continue;
+    }
+    const unsigned short* const p = static_cast<const unsigned short*>(w.data) + i + n;
+    if constexpr (kStep == 1) {
+      float other;
+      unpack(__ldg(p), w.type, x[n], other);
+    } else if constexpr (kStep == 2) {
+      unpack(__ldg(reinterpret_cast<const unsigned*>(p)), w.type, x[n], x[n + 1]);
+    } else {
+      const uint2 raw = __ldg(reinterpret_cast<const uint2*>(p));
+      unpack(raw.x, w.type, x[n], x[n + 1]);
+      unpack(raw.y, w.type, x[n + 2], x[n + 3]);
+    }
+  }
+}
 // x[n] = the weight at place(n), 0 where that is negative
 template <int kCount, class Place>
-__device__ inline void load_global(const Weight& w, float (&x)[kCount], Place place) {
-  const auto each = [&](auto* p) {
+__device__ inline void load_each(const WeightView& w, float (&x)[kCount], Place place) {
 #pragma unroll
-    for (int n = 0; n < kCount; ++n) {
-      const int64_t i = place(n);
-      x[n] = i < 0 ? 0 : to_float(p[i]);
-    }
-  };
-  if (w.type == DType::f32)
-    each(static_cast<const float*>(w.data));
-  else if (w.type == DType::bf16)
-    each(static_cast<const bf16*>(w.data));
-  else if (w.type == DType::f16)
-    each(static_cast<const f16*>(w.data));
-  else
-#pragma unroll
-    for (int n = 0; n < kCount; ++n) x[n] = place(n) < 0 ? 0 : load_any(w.data, w.type, place(n));
+  for (int n = 0; n < kCount; ++n) {
+    const int i = place(n);
+    x[n] = i < 0 ? 0 : load_any(w.data, w.type, i);
+  }
 }
 
 // Where an item's elements are in a weight [d, d_v] (kRead) or [d_v, d], and its features in [d].
 template <class T, bool kRead>
 struct ItemPlace {
   int item, d, d_v;
-  __device__ int64_t operator()(int n) const {
+  __device__ int operator()(int n) const {
     const int f = item * T::kFeatures + n / T::kChannels, j = n % T::kChannels;
-    return f >= d || j >= d_v ? -1 : kRead ? int64_t(f) * d_v + j : int64_t(j) * d + f;
+    return f >= d || j >= d_v ? -1 : kRead ? f * d_v + j : j * d + f;
   }
 };
 template <class T>
 struct FeaturePlace {
   int item, d;
-  __device__ int64_t operator()(int n) const {
+  __device__ int operator()(int n) const {
     const int f = item * T::kFeatures + n;
     return f < d ? f : -1;
   }
 };
 
-template <class T, class Place>
-__device__ inline void load_weights(const WeightView& w, int item, float (&x)[T::kElements],
-                                    Place place) {
-  if (!w.staged) return load_global(w.global, x, place);
+template <class T, bool kRead>
+__device__ inline void load_weights(const WeightView& w, const ItemPlace<T, kRead>& place,
+                                    float (&x)[T::kElements]) {
+  if (w.staged) {
 #pragma unroll
-  for (int u = 0; u < T::kUnits; ++u) {
-    const uint4 raw = lds128(w.shared + 16 * swizzled(item * T::kUnits + u, T::kUnits));
-    x[4 * u] = __uint_as_float(raw.x), x[4 * u + 1] = __uint_as_float(raw.y);
-    x[4 * u + 2] = __uint_as_float(raw.z), x[4 * u + 3] = __uint_as_float(raw.w);
+    for (int u = 0; u < T::kUnits; ++u) {
+      const uint4 raw = lds128(w.shared + 16 * swizzled(place.item * T::kUnits + u, T::kUnits));
+      x[4 * u] = __uint_as_float(raw.x), x[4 * u + 1] = __uint_as_float(raw.y);
+      x[4 * u + 2] = __uint_as_float(raw.z), x[4 * u + 3] = __uint_as_float(raw.w);
+    }
+  } else if (!w.vectors) {
+    load_each(w, x, place);
+  } else if (kRead) {
+    load_run<T::kElements>(w, int64_t(place.item) * T::kElements, x);
+  } else {
+    float y[T::kFeatures];
+#pragma unroll
+    for (int j = 0; j < T::kChannels; ++j) {
+      load_run<T::kFeatures>(w, int64_t(j) * place.d + place.item * T::kFeatures, y);
+#pragma unroll
+      for (int f = 0; f < T::kFeatures; ++f) x[f * T::kChannels + j] = y[f];
+    }
   }
 }
 template <class T>
 __device__ inline void load_feature_weights(const WeightView& w, int item, int d,
                                             float (&x)[T::kFeatures]) {
-  if (!w.staged) return load_global(w.global, x, FeaturePlace<T>{item, d});
-  load_features(w.shared, item * T::kFeatures, DType::f32, x);
+  if (w.staged)
+    load_features(w.shared, item * T::kFeatures, DType::f32, x);
+  else if (w.vectors)
+    load_run<T::kFeatures>(w, item * T::kFeatures, x);
+  else
+    load_each(w, x, FeaturePlace<T>{item, d});
+}
+template <int kCount>
+__device__ inline void fill(float (&x)[kCount], float value) {
+#pragma unroll
+  for (int n = 0; n < kCount; ++n) x[n] = value;
 }
 
 // All items of the weights that have a place in shared memory, by the whole CTA.
@@ -373,8 +422,8 @@ __device__ inline void stage_weights(const WeightView& w, int items, Place place
   if (!w.staged) return;
   for (int e = threadIdx.x; e < items * T::kElements; e += blockDim.x) {
     place.item = e / T::kElements;
-    const int64_t i = place(e % T::kElements);
-    const float x = i < 0 ? 0 : load_any(w.global.data, w.global.type, i);
+    const int i = place(e % T::kElements);
+    const float x = i < 0 ? 0 : load_any(w.data, w.type, i);
     sts32(w.shared + 16 * swizzled(e / 4, T::kUnits) + 4 * (e % 4), __float_as_uint(x));
   }
 }
@@ -382,7 +431,7 @@ template <class T>
 __device__ inline void stage_feature_weights(const WeightView& w, int items, int d) {
   if (!w.staged) return;
   for (int f = threadIdx.x; f < items * T::kFeatures; f += blockDim.x) {
-    const float x = f < d ? load_any(w.global.data, w.global.type, f) : 0;
+    const float x = f < d ? load_any(w.data, w.type, f) : 0;
     sts32(w.shared + 16 * swizzled(f / 4, 2) + 4 * (f % 4), __float_as_uint(x));
   }
 }

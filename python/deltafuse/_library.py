@@ -64,6 +64,13 @@ def runs_cuda(tensor):
     return tensor.is_cuda or _current != NATIVE
 
 
+def written(*tensors):
+    """Counts an operation in place: autograd then notices a backward that needs old values."""
+    if not torch.compiler.is_compiling():  # compiled code counts by itself
+        counted = [t for t in tensors if t is not None and not t.is_inference()]
+        torch.autograd.graph.increment_version(counted)
+
+
 def not_on_cuda(dtype, *names):
     """The CUDA kernels of these operators do not take tensors of dtype: the reference runs."""
     for name in names:

@@ -135,3 +135,4 @@ def rewrite_out(x, k, v, beta, beta_erase, out, options):
         out.copy_(y)
     else:
         kernel(x, k, v, beta, beta_erase, out, options.k_eps, options.v_scale, options.flags())
+        _library.written(out)

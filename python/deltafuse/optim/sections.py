@@ -157,7 +157,7 @@ def _run(sections, norms, grad_scale, found_inf, seed, loop):
     grads = [g for section in sections for g in section.grads]
     scalars = schedule_of(sections), norms, grad_scale, found_inf, seed
     op(params, grads, *states, integers, numbers, *scalars)
-    _count_versions(params)
+    _library.written(*params)
 
 
 def _lists(sections):
@@ -169,12 +169,6 @@ def _lists(sections):
     ]
     steps = [t for section in sections for t in section.state_steps]
     return *lists, _absmaxes(sections, LISTS), steps
-
-
-def _count_versions(params):
-    """As any operation in place: autograd then notices a backward that needs the old values."""
-    if not torch.compiler.is_compiling():  # compiled code counts by itself
-        torch.autograd.graph.increment_version(params)
 
 
 def kept_by_kernel(sections):
@@ -190,7 +184,7 @@ def call_again(op, sections, params, grads, handle, numbers, *, grad_scale, foun
     except NotImplementedError:  # no kernel for the kind of tensor that a gradient is: sparse
         return False
     if done:
-        _count_versions(params)
+        _library.written(*params)
     return done
 
 
