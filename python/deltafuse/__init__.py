@@ -7,7 +7,7 @@ from .gated_delta import (
     chunk_gated_delta_rule,
     fused_recurrent_gated_delta_rule,
 )
-from .grape import apply_rotary_emb, rotary_qk
+from .grape import RotaryEmbedding, apply_rotary_emb, rotary_qk
 from .optim import MARS
 
 backend_info = _library.backend_info
@@ -18,6 +18,7 @@ __all__ = [
     "DDLWrapper",
     "GatedDeltaNet",
     "MARS",
+    "RotaryEmbedding",
     "apply_rotary_emb",
     "backend_info",
     "build_info",
