@@ -100,6 +100,9 @@ def snapshot(folder):
         (["--residual", "hyper"], ["--residual", "hyper"]),
         (["--value-channels", "4"], ["--value-channels must be 1 without --residual ddl"]),
         (["--residual", "ddl", "--value-channels", "17"], ["--value-channels", "1 .. 16"]),
+        (["--mixer", "conv"], ["--mixer", "conv"]),
+        (["--position", "rope"], ["--position must be left out without --mixer attention"]),
+        (["--mixer", "attention", "--position", "alibi"], ["--position", "alibi"]),
         (["--colour", "red"], ["--colour"]),
         (["--step", "3"], ["--step"]),
     ],
@@ -164,13 +167,15 @@ def test_resume_with_other_settings_names_the_difference(capsys, run):
     refuse(capsys, [*base, "--optimizer", "adamw"], "--optimizer adamw differs", "mars")
     refuse(capsys, [*base, "--seed", "5"], "--seed 5 differs")
     refuse(capsys, [*base, "--residual", "ddl"], "--residual ddl differs", "which has plain")
+    refuse(capsys, [*base, "--mixer", "attention"], "--mixer attention differs", "has gated_delta")
     assert snapshot(run) == before
 
 
-def test_run_from_before_residuals_is_still_read(capsys, run):
+def test_run_from_before_residuals_and_mixers_is_still_read(capsys, run):
     config = json.loads((run / "config.json").read_text())
     for part in ("model", "settings"):
-        del config[part]["residual"], config[part]["value_channels"]
+        for name in ("residual", "value_channels", "mixer", "position"):
+            del config[part][name]
     (run / "config.json").write_text(json.dumps(config))
     assert main(["generate", str(run), "--tokens", "2", "--device", "cpu"]) == 0
     assert main(["train", "--out", str(run), "--resume", "--device", "cpu"]) == 0

@@ -15,11 +15,12 @@ SLICES = {p.name for p in CSRC.iterdir() if p.is_dir()} - {"common", "python"}
 # folder: what it may import from the package, besides itself
 ALLOWED = {
     "optim": {"_library", "_checks"},
-    "models": {"ddl", "gated_delta", "_checks"},
+    "models": {"ddl", "gated_delta", "grape", "_checks"},
     "train": {"models", "optim", "gated_delta", "_library", "_checks"},
     "integrations": {"gated_delta", "optim", "_library", "_checks"},
     "gated_delta": {"_library", "_checks"},
     "ddl": {"_library", "_checks"},
+    "grape": {"_library", "_checks"},
 }
 
 

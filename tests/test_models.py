@@ -46,6 +46,10 @@ def test_config_survives_json():
         ({"residual": "hyper"}, "residual must be plain or ddl"),
         ({"value_channels": 4}, "value_channels must be 1 with residual plain"),
         ({"residual": "ddl", "value_channels": 17}, "at most 16 with ddl"),
+        ({"mixer": "conv"}, "mixer must be gated_delta or attention"),
+        ({"position": "rope"}, "position must be none with mixer gated_delta"),
+        ({"mixer": "attention"}, "position must be rope or grape-m or"),
+        ({"mixer": "attention", "position": "rope", "head_dim": 15}, "must be even for attention"),
     ],
 )
 def test_config_names_what_is_wrong(changes, message):
@@ -62,9 +66,10 @@ def test_config_refuses_unknown_and_missing_names():
         ModelConfig.from_dict(values)
 
 
-def test_config_from_before_residuals_is_plain():
+def test_config_from_before_residuals_and_mixers_has_what_there_was():
     values = dataclasses.asdict(SMALL)
-    del values["residual"], values["value_channels"]
+    for name in ("residual", "value_channels", "mixer", "position"):
+        del values[name]
     assert ModelConfig.from_dict(values) == SMALL
 
 

@@ -63,6 +63,10 @@ def _add_train(commands):
                    "Delta Learning (default: plain)")  # fmt: skip
     p.add_argument("--value-channels", type=number(int, 1, 16), metavar="N",
                    help="of the ddl residual stream (default: 4)")  # fmt: skip
+    p.add_argument("--mixer", choices=("gated_delta", "attention"), help="sequence mixer of the "
+                   "layers (default: gated_delta)")  # fmt: skip
+    p.add_argument("--position", choices=("rope", "grape-m", "grape-m-ctx", "grape-mixture"),
+                   help="position encoding of --mixer attention (default: rope)")  # fmt: skip
     p.add_argument("--steps", type=positive, metavar="N")
     p.add_argument("--batch", type=positive, metavar="N", help="sequences a step")
     p.add_argument("--context", type=positive, metavar="N", help="bytes a sequence")
@@ -91,7 +95,8 @@ def _add_generate(commands):
 
 
 SETTINGS = ("preset", "optimizer", "steps", "batch", "context", "lr", "beta1", "seed",
-            "eval_every", "checkpoint_every", "compile", "residual", "value_channels")  # fmt: skip
+            "eval_every", "checkpoint_every", "compile", "residual", "value_channels", "mixer",
+            "position")  # fmt: skip
 
 
 def run(args):

@@ -1,12 +1,19 @@
-"""Sizes of a Gated DeltaNet language model; imports no torch, so that flags are checked fast."""
+"""Sizes of a language model; imports no torch, so that flags are checked fast."""
 
 import dataclasses
 import json
 
 RESIDUALS = ("plain", "ddl")
+MIXERS = ("gated_delta", "attention")
+POSITIONS = ("rope", "grape-m", "grape-m-ctx", "grape-mixture")
 MAX_CHANNELS = 16
 # names that configurations from before them lack, with what they were
-LATER = {"residual": "plain", "value_channels": 1}
+LATER = {"residual": "plain", "value_channels": 1, "mixer": "gated_delta", "position": "none"}
+
+
+def positions_of(mixer):
+    """What `position` may be with a mixer."""
+    return POSITIONS if mixer == "attention" else ("none",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +23,7 @@ class ModelConfig:
     Attributes:
         vocab_size: number of tokens; 256 for bytes.
         hidden_size: width of the residual stream.
-        num_layers: blocks, each a GatedDeltaNet and a SwiGLU MLP.
+        num_layers: blocks, each a sequence mixer and a SwiGLU MLP.
         num_heads: q/k heads H; num_v_heads: v heads HV, a multiple of H.
         head_dim: K, channels of a q/k head; V = K * expand_v.
         mlp_size: inner channels of the MLP.
@@ -24,6 +31,11 @@ class ModelConfig:
         norm_eps: added inside the root of each RMSNorm.
         residual: "plain" (x + f(x)), or "ddl", the rewrite of Deep Delta Learning.
         value_channels: with "ddl" the residual stream is [hidden_size, value_channels] a token.
+        mixer: "gated_delta", the GatedDeltaNet layer, or "attention", with the same heads and
+            without convolution.
+        position: what attention knows positions by: "rope", "grape-m" (learned frequencies),
+            "grape-m-ctx" (contextual phase) or "grape-mixture" (learned planes); "none" with
+            gated_delta.
 
     Raises:
         ValueError: a size is not a positive whole number, or sizes do not fit together.
@@ -41,6 +53,8 @@ class ModelConfig:
     norm_eps: float = 1e-5
     residual: str = "plain"
     value_channels: int = 1
+    mixer: str = "gated_delta"
+    position: str = "none"
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -59,7 +73,10 @@ class ModelConfig:
                 f"ModelConfig: head_dim ({self.head_dim}) and head_dim * expand_v "
                 f"({self.head_dim * self.expand_v}) must be at most 256"
             )
+        self._check_residual()
+        self._check_mixer()
 
+    def _check_residual(self):
         if self.residual not in RESIDUALS:
             raise ValueError(f"ModelConfig: residual must be plain or ddl: {self.residual!r}")
         if self.value_channels > (1 if self.residual == "plain" else MAX_CHANNELS):
@@ -67,6 +84,18 @@ class ModelConfig:
                 f"ModelConfig: value_channels must be 1 with residual plain and at most "
                 f"{MAX_CHANNELS} with ddl: {self.value_channels} with {self.residual}"
             )
+
+    def _check_mixer(self):
+        if self.mixer not in MIXERS:
+            raise ValueError(f"ModelConfig: mixer must be gated_delta or attention: {self.mixer!r}")
+        positions = positions_of(self.mixer)
+        if self.position not in positions:
+            raise ValueError(
+                f"ModelConfig: position must be {' or '.join(positions)} with mixer {self.mixer}: "
+                f"{self.position!r}"
+            )
+        if self.mixer == "attention" and self.head_dim % 2:
+            raise ValueError(f"ModelConfig: head_dim must be even for attention: {self.head_dim}")
 
     def to_json(self):
         return json.dumps(dataclasses.asdict(self), indent=2)

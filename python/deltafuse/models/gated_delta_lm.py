@@ -1,4 +1,4 @@
-"""A decoder language model whose sequence mixer is the Gated DeltaNet layer."""
+"""A decoder language model; its sequence mixer is the Gated DeltaNet layer, or attention."""
 
 import types
 
@@ -11,6 +11,8 @@ from ..ddl.nn_compress import InputEmbedExpander, ResidualCompressor
 from ..ddl.nn_stack import DDLBlock, DDLStack
 from ..ddl.nn_wrapper import reset_ddl_parameters
 from ..gated_delta.nn import GatedDeltaNet, GatedDeltaNetCache, GatedRMSNorm
+from ..grape.nn import WideModule
+from .attention import AttentionCache, CausalAttention
 
 
 class SwiGLU(nn.Module):
@@ -27,6 +29,8 @@ class SwiGLU(nn.Module):
 
 
 def make_mixer(config, layer_idx):
+    if config.mixer == "attention":
+        return CausalAttention(config, layer_idx)
     return GatedDeltaNet(
         hidden_size=config.hidden_size,
         expand_v=config.expand_v,
@@ -52,7 +56,7 @@ def make_ddl_block(config, layer_idx):
 
 
 class Block(nn.Module):
-    """x + GatedDeltaNet(RMSNorm(x)), then x + SwiGLU(RMSNorm(x))."""
+    """x + mixer(RMSNorm(x)), then x + SwiGLU(RMSNorm(x))."""
 
     def __init__(self, config, layer_idx):
         super().__init__()
@@ -71,6 +75,9 @@ class Block(nn.Module):
 
 class GatedDeltaLM(nn.Module):
     """Gated DeltaNet language model (arXiv 2412.06464) with tied input and output embedding.
+
+    With mixer "attention" the layers are causal attention, whose positions are rotations of GRAPE
+    (arXiv 2512.07805); see `CausalAttention`.
 
     With residual "ddl" each sub-layer rewrites the residual state along its output instead of
     adding to it (Deep Delta Learning, arXiv 2601.00417); the state is [hidden_size,
@@ -112,10 +119,13 @@ class GatedDeltaLM(nn.Module):
                 with torch.no_grad():
                     last.weight.div_((2 * self.config.num_layers) ** 0.5)
         reset_ddl_parameters(self, "identity")
+        for module in self.modules():
+            if isinstance(module, WideModule):  # a rotation starts in its own way
+                module.reset_parameters()
 
     def new_cache(self):
-        """An empty cache for `forward`; holds each layer's state and last inputs."""
-        return GatedDeltaNetCache()
+        """An empty cache for `forward`: each layer's state and last inputs, or keys and values."""
+        return AttentionCache() if self.config.mixer == "attention" else GatedDeltaNetCache()
 
     def forward(self, tokens, cache=None):
         """Logits of the next token at each position.

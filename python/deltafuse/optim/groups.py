@@ -32,6 +32,8 @@ _CHOICES = {
 def split_decay_groups(model, weight_decay):
     """Two parameter groups of a module: matrices decay; biases, norms and embeddings do not.
 
+    Nor do parameters whose attribute `_no_weight_decay` is true, such as learned frequencies.
+
     Args:
         model: nn.Module; frozen parameters are left out, tied ones appear once.
         weight_decay: float for the first group; the second one has 0, also on the 1-D path.
@@ -47,7 +49,8 @@ def split_decay_groups(model, weight_decay):
     decayed, others = [], []
     for p in model.parameters():
         if p.requires_grad:
-            (decayed if p.ndim >= 2 and id(p) not in embeddings else others).append(p)
+            kept = id(p) in embeddings or getattr(p, "_no_weight_decay", False)
+            (decayed if p.ndim >= 2 and not kept else others).append(p)
     groups = [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0, "weight_decay_1d": 0.0},

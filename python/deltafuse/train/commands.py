@@ -66,8 +66,9 @@ def _print_head(run):
     corpus, s = run.corpus, run.settings
     size = sum(p.numel() for p in run.model.parameters())
     residual = f"ddl residual of {s.value_channels} channels, " if s.residual == "ddl" else ""
+    mixer = f"attention with {s.position}, " if s.mixer == "attention" else ""
     print(
-        f"model: {s.preset}, {size / 1e6:.2f} M parameters, {residual}{s.optimizer} "
+        f"model: {s.preset}, {size / 1e6:.2f} M parameters, {mixer}{residual}{s.optimizer} "
         f"on {run.device.type}"
     )
     print(

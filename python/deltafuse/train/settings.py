@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from ..models.config import LATER, MAX_CHANNELS, PRESETS, RESIDUALS
+from ..models.config import LATER, MAX_CHANNELS, MIXERS, POSITIONS, PRESETS, RESIDUALS, positions_of
 from .errors import UserError
 
 DDL_CHANNELS = 4  # as in the paper's models
@@ -32,7 +32,7 @@ class Settings:
         seed: of the initial weights, the order of the data and the sample.
         eval_every, checkpoint_every: steps between validations and between checkpoints.
         compile: run the model through torch.compile.
-        residual, value_channels: as in `ModelConfig`.
+        residual, value_channels, mixer, position: as in `ModelConfig`.
 
     Raises:
         UserError: a value out of range, named as the flag.
@@ -55,6 +55,8 @@ class Settings:
     compile: bool = False
     residual: str = "plain"
     value_channels: int = 1
+    mixer: str = "gated_delta"
+    position: str = "none"
 
     def __post_init__(self):
         for name in ("steps", "batch", "context", "eval_every", "checkpoint_every"):
@@ -68,12 +70,18 @@ class Settings:
         plain = self.residual == "plain"
         most, meaning = (1, "1 without --residual ddl") if plain else (MAX_CHANNELS, "in 1 .. 16")
         self._check("value_channels", 1 <= self.value_channels <= most, meaning)
+        self._check("mixer", self.mixer in MIXERS, "one of " + ", ".join(MIXERS))
+        positions = positions_of(self.mixer)
+        meaning = "one of " + ", ".join(positions)
+        if self.mixer != "attention":
+            meaning = "left out without --mixer attention"
+        self._check("position", self.position in positions, meaning)
 
     def model_config(self):
-        """The sizes of the preset's model with these residual connections."""
-        return dataclasses.replace(
-            PRESETS[self.preset], residual=self.residual, value_channels=self.value_channels
-        )
+        """The sizes of the preset's model with these residual connections and mixers."""
+        names = ("residual", "value_channels", "mixer", "position")
+        chosen = {name: getattr(self, name) for name in names}
+        return dataclasses.replace(PRESETS[self.preset], **chosen)
 
     def _check(self, name, good, meaning):
         if not good:
@@ -88,6 +96,8 @@ class Settings:
         settings = {"data": None, "preset": preset, **PRESET_SETTINGS[preset]}
         if given.get("residual") == "ddl":
             settings["value_channels"] = DDL_CHANNELS
+        if given.get("mixer") == "attention":
+            settings["position"] = POSITIONS[0]
         if given.get("optimizer") == "adamw":
             settings["lr"] /= 2
         return cls(**settings | given)

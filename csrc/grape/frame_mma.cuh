@@ -1,0 +1,218 @@
+// Forward of the rotation for more than kFrameFused planes and rows of bfloat16 or float16, D <=
+// 128, on tensor cores: C = X W, the planes' change d (frame_fwd.cuh), Y = X + d W^T. W and d go as
+// two 16-bit numbers, high and low part, so that W stays orthonormal to 2^-17 (bfloat16; 2^-22):
+//   C = X Wh + X Wl,   Y = X + dh Wh^T + dh Wl^T + dl Wh^T,   sums in float32.
+//
+// CTA: 4 warps, one head, a span of tokens; a warp has 16 tokens at a time, tokens as rows of
+// mma.m16n8k16. Rows stay in registers from load to store: lane (g, c) has channels
+// 32 j + 8 c .. + 7 of tokens g and g + 8, 16 bytes each, and the order of channels within the
+// products is chosen so that these are its elements of A (C's product) and of the accumulator
+// (Y's). An accumulator of C has both coordinates of a plane in one lane, which takes its angle;
+// two of them are an A of Y's product as they are. There are no shuffles and no shared memory for
+// rows. Shared memory: fragments of W for both products, lane by lane, high and low part in 128
+// bits: 128 kBlocks (32 bytes D) a plane: 16 KB for 8 planes of 128 channels, 128 KB for 64.
+// Registers: 8 kBlocks of x, 16 kBlocks of y; at most 128 for D <= 64. D = 128 has 96 of these and
+// takes 216: 8 warps an SM have 32 KB of rows on their way.
+// Bytes: 4 D a token and head. FLOPs: 20 r D on tensor cores, about 60 instructions an angle.
+// Bound by memory up to r = 16 (D = 128), then by the tensor cores.
+#pragma once
+#include <type_traits>
+
+#include "grape/frame_device.cuh"
+
+namespace df::cuda {
+__device__ inline uint32_t bits_of(float x, bf16) {
+  return __bfloat16_as_ushort(__float2bfloat16_rn(x));
+}
+__device__ inline uint32_t bits_of(float x, f16) {
+  return __half_as_ushort(__float2half_rn(x));
+}
+template <class E>
+__device__ inline float value_of(uint32_t bits) {
+  return to_float(E{uint16_t(bits)});
+}
+
+// Two numbers as pairs of 16 bits: high parts, and what these leave.
+template <class E>
+__device__ inline void split(float x, float y, uint32_t& high, uint32_t& low) {
+  const uint32_t a = bits_of(x, E{}), b = bits_of(y, E{});
+  high = a | b << 16;
+  low = bits_of(x - value_of<E>(a), E{}) | bits_of(y - value_of<E>(b), E{}) << 16;
+}
+
+template <class E>
+__device__ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (std::is_same_v<E, bf16>)
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+        "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  else
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
+        "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+template <class E_, int kBlocks_>
+struct FrameMma {  // 32 kBlocks channels; planes in chunks of 8, the K of an mma
+  using E = E_;
+  static constexpr int kBlocks = kBlocks_, kThreads = 128, kTokens = 64, kPlanes = 8;
+  static constexpr int kFirst = 2 * 2 * kBlocks, kSecond = 4 * kBlocks;  // fragments a chunk
+  static constexpr int kChunkBytes = (kFirst + kSecond) * 32 * int(sizeof(uint4));
+};
+
+// Fragments (high b0, high b1, low b0, low b1) of the head's W.
+//   first:  [chunk][tile of 8 columns][step][lane], K is channels
+//   second: [chunk][tile of 8 channels][lane], K is columns
+template <class C>
+__device__ inline void stage_fragments(const FrameCuda& p, int h, int chunks, uint4* sFirst,
+                                       uint4* sSecond) {
+  const int D = int(p.args.D), columns = 2 * int(p.args.r);
+  const auto w = [&](int d, int column) -> float {
+    if (d >= D || column >= columns) return 0;
+    const int64_t at = (int64_t(h) * D + d) * columns + column;
+    return p.W_double ? float(static_cast<const double*>(p.W)[at])
+                      : static_cast<const float*>(p.W)[at];
+  };
+  for (int i = threadIdx.x; i < chunks * C::kFirst * 32; i += C::kThreads) {
+    const int c = i % 4, g = i / 4 % 8, step = i / 32 % (2 * C::kBlocks);
+    const int column = i / (64 * C::kBlocks) * 8 + g, d = 16 * (step & ~1) + 8 * c + step % 2 * 4;
+    uint4 f;
+    split<typename C::E>(w(d, column), w(d + 1, column), f.x, f.z);
+    split<typename C::E>(w(d + 2, column), w(d + 3, column), f.y, f.w);
+    sFirst[i] = f;
+  }
+  for (int i = threadIdx.x; i < chunks * C::kSecond * 32; i += C::kThreads) {
+    const int c = i % 4, g = i / 4 % 8, tile = i / 32 % C::kSecond;
+    const int column = i / (32 * C::kSecond) * 16 + 2 * c;
+    const int d = tile / 4 * 32 + g / 2 * 8 + tile % 4 * 2 + g % 2;
+    uint4 f;
+    split<typename C::E>(w(d, column), w(d, column + 1), f.x, f.z);
+    split<typename C::E>(w(d, column + 8), w(d, column + 9), f.y, f.w);
+    sSecond[i] = f;
+  }
+}
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, C::kBlocks > 2 ? 2 : 4)
+    frame_mma_kernel(const __grid_constant__ FrameCuda p) {
+  using E = typename C::E;
+  const int D = int(p.args.D), r = int(p.args.r), H = int(p.args.H);
+  const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4, h = int(blockIdx.x % H);
+  const int chunks = (r + C::kPlanes - 1) / C::kPlanes;
+  const int64_t N = p.args.B * p.args.T, first = blockIdx.x / H * p.span;
+  const int64_t last = first + p.span < N ? first + p.span : N;
+  extern __shared__ uint4 sFirst[];
+  uint4* const sSecond = sFirst + chunks * C::kFirst * 32;
+  double* const sTheta = reinterpret_cast<double*>(sSecond + chunks * C::kSecond * 32);
+  stage_fragments<C>(p, h, chunks, sFirst, sSecond);
+  for (int k = threadIdx.x; k < chunks * C::kPlanes; k += C::kThreads)
+    sTheta[k] = k < r ? p.args.theta[int64_t(h) * r + k] : 0;
+  __syncthreads();
+
+  for (int64_t step = first + threadIdx.x / 32 * 16; step < last; step += C::kTokens) {
+    const int64_t n[2] = {step + g, step + g + 8};
+    uint32_t x[2][C::kBlocks][4];
+    double t[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      t[i] = n[i] < last ? p.args.t[n[i]] : 0;
+      const E* const row =
+          static_cast<const E*>(p.args.x.data) + row_of(p.args, p.args.x, n[i], h) + 8 * c;
+#pragma unroll
+      for (int j = 0; j < C::kBlocks; ++j) {
+        uint4 raw = make_uint4(0, 0, 0, 0);
+        if (n[i] < last && 32 * j + 8 * c < D)
+          raw = __ldcg(reinterpret_cast<const uint4*>(row + 32 * j));
+        x[i][j][0] = raw.x, x[i][j][1] = raw.y, x[i][j][2] = raw.z, x[i][j][3] = raw.w;
+      }
+    }
+    float y[C::kBlocks][4][4];
+#pragma unroll
+    for (int j = 0; j < C::kBlocks; ++j)
+#pragma unroll
+      for (int q = 0; q < 4; ++q)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          y[j][q][i] = value_of<E>(x[i / 2][j][q] >> 16 * (i % 2) & 0xffff);
+
+    for (int m = 0; m < chunks; ++m) {
+      uint32_t high[4], low[4];  // of d, as A of the second product
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile) {
+        float point[4] = {};
+#pragma unroll
+        for (int s = 0; s < 2 * C::kBlocks; ++s) {
+          const uint4 w = sFirst[((m * 2 + tile) * 2 * C::kBlocks + s) * 32 + lane];
+          const int j = s / 2, q = s % 2 * 2;
+          const uint32_t a[4] = {x[0][j][q], x[1][j][q], x[0][j][q + 1], x[1][j][q + 1]};
+          multiply<E>(point, a, w.x, w.y);
+          multiply<E>(point, a, w.z, w.w);
+        }
+        const double theta = sTheta[m * C::kPlanes + tile * 4 + c];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const Angle at(t[i], theta);
+          const float turn = at.turn(), less_one = at.less_one();
+          const float c0 = point[2 * i], c1 = point[2 * i + 1];
+          split<E>(c0 * less_one + c1 * turn, c1 * less_one - c0 * turn, high[2 * tile + i],
+                   low[2 * tile + i]);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < C::kBlocks; ++j)
+#pragma unroll
+        for (int q = 0; q < 4; ++q) {
+          const uint4 w = sSecond[(m * C::kSecond + j * 4 + q) * 32 + lane];
+          multiply<E>(y[j][q], high, w.x, w.y);
+          multiply<E>(y[j][q], high, w.z, w.w);
+          multiply<E>(y[j][q], low, w.x, w.y);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (n[i] >= last) continue;
+      E* const row = static_cast<E*>(p.args.y) + (n[i] * H + h) * D + 8 * c;
+#pragma unroll
+      for (int j = 0; j < C::kBlocks; ++j) {
+        uint32_t pair[4];
+#pragma unroll
+        for (int q = 0; q < 4; ++q)
+          pair[q] = bits_of(y[j][q][2 * i], E{}) | bits_of(y[j][q][2 * i + 1], E{}) << 16;
+        if (32 * j + 8 * c < D)
+          __stcg(reinterpret_cast<uint4*>(row + 32 * j),
+                 make_uint4(pair[0], pair[1], pair[2], pair[3]));
+      }
+    }
+  }
+}
+
+template <class C>
+void frame_mma_kernel_launch(const FrameCuda& p, void* stream) {
+  FrameCuda call = p;
+  const int64_t N = p.args.B * p.args.T, chunks = (p.args.r + C::kPlanes - 1) / C::kPlanes;
+  const int64_t steps = (N + C::kTokens - 1) / C::kTokens;
+  constexpr int64_t kCtas = 4 * 132;
+  int64_t each = steps * p.args.H / kCtas;
+  each = each < 1 ? 1 : each > 32 ? 32 : each;
+  call.span = each * C::kTokens;
+  call.splits = (steps + each - 1) / each;
+  const int bytes = int(chunks) * (C::kChunkBytes + C::kPlanes * int(sizeof(double)));
+  if (bytes > 48 << 10)
+    cudaFuncSetAttribute(frame_mma_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  frame_mma_kernel<C>
+      <<<call.splits * p.args.H, C::kThreads, bytes, static_cast<cudaStream_t>(stream)>>>(call);
+}
+
+// Whether it was launched: there are tensor cores for these rows.
+template <class E>
+bool frame_mma_launch(const FrameCuda& p, void* stream) {
+  if (!p.vectors || p.args.r <= kFrameFused || p.args.D > 128) return false;
+  p.args.D <= 64 ? frame_mma_kernel_launch<FrameMma<E, 2>>(p, stream)
+                 : frame_mma_kernel_launch<FrameMma<E, 4>>(p, stream);
+  return true;
+}
+}  // namespace df::cuda
