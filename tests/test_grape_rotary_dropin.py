@@ -169,6 +169,37 @@ def test_transformers_gradients():
         assert error(b, a) < 1e-5
 
 
+def test_a_model_of_transformers(monkeypatch):
+    """A Llama with our function in the place of its own: logits and gradients."""
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    settings = config()
+    settings.update(
+        {"num_hidden_layers": 2, "intermediate_size": 64, "vocab_size": 50, "head_dim": 64}
+    )
+    model = LlamaForCausalLM(settings)
+    tokens = torch.randint(0, 50, (2, 12))
+
+    def step():
+        model.zero_grad()
+        output = model(tokens, labels=tokens)
+        output.loss.backward()
+        return [output.logits, *(p.grad.clone() for p in model.parameters())]
+
+    wanted = step()
+    calls = []
+
+    def counted(*args, **options):
+        calls.append(1)
+        return grape.apply_rotary_pos_emb(*args, **options)
+
+    monkeypatch.setattr(llama(), "apply_rotary_pos_emb", counted)
+    for got, ref in zip(step(), wanted, strict=True):
+        assert error(got, ref) < 1e-4
+    assert len(calls) == 2
+
+
 def test_partial_tables_leave_the_rest():
     q, k, _ = hf_inputs()
     cos, sin = (torch.cat((t, t), -1) for t in fa_tables(9, 32))

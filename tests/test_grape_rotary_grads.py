@@ -182,6 +182,21 @@ def test_6_in_place_through_views():
     assert torch.equal(run(True), run(False))
 
 
+def test_6_in_place_on_packed_tensors():
+    """[total, H, D]: the view with a batch dimension is changed, the tensor itself is returned."""
+    leaves = [normal(9, 4, 16).requires_grad_(), normal(9, 2, 16, seed=1).requires_grad_()]
+    freqs, cu = uniform(8).requires_grad_(), torch.tensor([0, 4, 9])
+
+    def run(inplace):
+        q, k = (t * 1 for t in leaves)
+        a, b = grape.rotary_qk(q, k, freqs=freqs, cu_seqlens=cu, inplace=inplace)
+        assert not inplace or (a is q and b is k)
+        return torch.autograd.grad(a.sin().sum() + b.cos().sum(), (*leaves, freqs))
+
+    for a, b in zip(run(True), run(False), strict=True):
+        assert error(a, b) <= 1e-6  # q and k are two calls, whose dfreqs are added afterwards
+
+
 def test_in_place_changes_the_version():
     """What autograd has saved of q before the rotation must not be used after it."""
     q = normal(1, 3, 1, 4).requires_grad_() * 1
@@ -201,6 +216,28 @@ def test_in_place_without_gradients_changes_the_version_too():
             grape.rotary_qk(q, k, **options)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             product.sum().backward()
+
+
+def saved_bytes(call):
+    total = 0
+
+    def pack(t):
+        nonlocal total
+        total += t.numel() * t.element_size()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        call()
+    return total
+
+
+def test_fixed_frequencies_save_nothing_of_q_and_k():
+    q, k = (t.requires_grad_() for t in heads(D=64, T=50))
+    freqs = uniform(32)
+    assert saved_bytes(lambda: grape.rotary_qk(q, k, freqs=freqs)) == 4 * 32
+    learned = freqs.requires_grad_()
+    both = 4 * (q.numel() + k.numel() + 32)
+    assert saved_bytes(lambda: grape.rotary_qk(q, k, freqs=learned)) == both
 
 
 def test_only_q_has_a_gradient():

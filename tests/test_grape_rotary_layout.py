@@ -139,6 +139,20 @@ def test_every_element_is_written(name, nan_filled_memory):
     assert all(t.isfinite().all() for t in grape.rotary_qk(q, k, **options))
 
 
+@by_style
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("D", [128, 64, 32, 24, 6])
+def test_16_bits_are_float32_rounded_once(D, dtype, style, cpu_isa):
+    """Also where two elements go through a register as one word, special values included."""
+    q, _ = heads(D=D, T=50, dtype=dtype)
+    q[0, 1, 2, :4] = torch.tensor([float("nan"), float("inf"), -float("inf"), 3e38])
+    q[0, 2, 3, 1] = 1e-40
+    wide = grape.rotary_qk(q.float(), **style)
+    torch.testing.assert_close(
+        grape.rotary_qk(q, **style), wide.to(dtype), rtol=0, atol=0, equal_nan=True
+    )
+
+
 def test_expanded_inputs_out_of_place():
     q, k = heads(B=1)
     many = grape.rotary_qk(q.expand(3, -1, -1, -1), k.expand(3, -1, -1, -1))

@@ -1,5 +1,5 @@
 // Angles of a token: its position, cos and sin of its planes, in rows that the sweeps over heads
-// read as they are. In the interleaved layout a row holds every C twice, and (-S, S) in turn.
+// read as they are (Order).
 #pragma once
 #include "common/cpu/math.h"
 #include "common/cpu/partial.h"
@@ -79,13 +79,21 @@ inline void quarter_sincos(Vec<T> x, Vec<T>& sin, Vec<T>& cos) {
   }
 }
 
+// Of C and S in a row.
+enum class Order {
+  planes,
+  doubled,  // every C twice, and (-S, S) in turn: for pairs that stay side by side in a vector
+  paired    // of two vectors of planes first the even ones: for 16-bit elements in 32-bit words
+};
+
 template <class T>
 class Angles {
   using I = typename Bits<T>::I;
 
  public:
-  Angles(const RotaryCpu& call, char* scratch) : call_(call), p_(call.args) {
-    width_ = round_up<T>(p_.interleaved ? 2 * p_.P : p_.P);
+  Angles(const RotaryCpu& call, Order order, char* scratch)
+      : call_(call), p_(call.args), order_(order) {
+    width_ = round_up<T>(order == Order::doubled ? 2 * p_.P : p_.P);
     const auto take = [&](int64_t bytes) {
       char* at = scratch;
       scratch += (bytes + 63) / 64 * 64;
@@ -104,7 +112,6 @@ class Angles {
     end_ = scratch;
   }
   char* end() const { return end_; }
-  int64_t width() const { return width_; }
   const T* C(bool of_k, int64_t head) const { return C_[of_k && distinct()] + head * width_; }
   const T* S(bool of_k, int64_t head) const { return S_[of_k && distinct()] + head * width_; }
   bool distinct() const { return p_.cos_k.data; }  // tables of k are others than those of q
@@ -192,15 +199,22 @@ class Angles {
 
   // C and S of planes [i, i + kLanes<T>), which may go beyond P.
   void put(T* C, T* S, int64_t i, Vec<T> c, Vec<T> s) {
-    if (!p_.interleaved) {
+    if (order_ == Order::planes) {
       store(C + i, c), store(S + i, s);
       return;
     }
     const int64_t n = p_.P - i < kLanes<T> ? p_.P - i : kLanes<T>;
-    for (int64_t l = 0; l < n; ++l) {
-      C[2 * (i + l)] = C[2 * (i + l) + 1] = c[l];
-      S[2 * (i + l)] = -s[l], S[2 * (i + l) + 1] = s[l];
+    for (int64_t l = 0; l < n; ++l) put(C, S, i + l, c[l], s[l]);
+  }
+  void put(T* C, T* S, int64_t i, T c, T s) {
+    constexpr int64_t kL = kLanes<T>;
+    if (order_ == Order::doubled) {
+      C[2 * i] = C[2 * i + 1] = c;
+      S[2 * i] = -s, S[2 * i + 1] = s;
+      return;
     }
+    if (order_ == Order::paired) i = i / (2 * kL) * (2 * kL) + i % 2 * kL + i % (2 * kL) / 2;
+    C[i] = c, S[i] = s;
   }
 
   void tables(const Token& at) {
@@ -226,20 +240,14 @@ class Angles {
       const E* c = static_cast<const E*>(cos.data) + b * cos.b + t * cos.t + h * cos.h;
       const E* s = static_cast<const E*>(sin.data) + b * sin.b + t * sin.t + h * sin.h;
       const T m = T(p_.factor), n = T(p_.sign * p_.factor);
-      for (int64_t i = 0; i < p_.P; ++i) {
-        const T cos_i = T(to_compute(c[i])) * m, sin_i = T(to_compute(s[i])) * n;
-        if (!p_.interleaved) {
-          C[i] = cos_i, S[i] = sin_i;
-        } else {
-          C[2 * i] = C[2 * i + 1] = cos_i;
-          S[2 * i] = -sin_i, S[2 * i + 1] = sin_i;
-        }
-      }
+      for (int64_t i = 0; i < p_.P; ++i)
+        put(C, S, i, T(to_compute(c[i])) * m, T(to_compute(s[i])) * n);
     });
   }
 
   const RotaryCpu& call_;
   const RotaryArgs& p_;
+  Order order_;
   int64_t width_;
   T *C_[2], *S_[2];
   uint64_t* turn_;

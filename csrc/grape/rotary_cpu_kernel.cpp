@@ -1,7 +1,7 @@
 // Rotation of q and k, one token after the other: its angles once, then a sweep over the heads of
 // both tensors. A row of a head goes through registers; in place nothing else is touched.
 #include "common/cpu/stream.h"
-#include "grape/rotary_angles.h"
+#include "grape/rotary_words.h"
 
 namespace df::cpu::DF_ISA {
 namespace {
@@ -45,7 +45,10 @@ struct Stream {
 
 template <class Out, class T, class E>
 inline void rotate_head(const RotaryArgs& p, const E* x, E* y, const T* C, const T* S) {
-  if (p.interleaved) {
+  if (in_words<E>(p)) {
+    if constexpr (kHasWords<E>)
+      p.interleaved ? rotate_pairs(x, y, C, S, p.P) : rotate_halves(x, y, C, S, p.P);
+  } else if (p.interleaved) {
     over_row<T>(2 * p.P, [&](int64_t c, auto part) {
       const Vec<T> v = load_part<T>(x + c, part);
       Out::template put<T>(v * load(C + c) + swap_pairs<T>(v) * load(S + c), y + c, part);
@@ -74,7 +77,7 @@ template <class Out, class E>
 void apply(const RotaryCpu& call, int64_t first, int64_t last, char* scratch) {
   using T = Compute<E>;
   const RotaryArgs& p = call.args;
-  Angles<T> angles(call, scratch);
+  Angles<T> angles(call, order_of<E>(p), scratch);
   for (int64_t n = first; n < last; ++n) {
     const Token at = token_at(p, n);
     angles.token(at);
@@ -94,7 +97,11 @@ class Backward {
 
  public:
   Backward(const RotaryCpu& call, const RotaryGrads& grads, double* sums, char* scratch)
-      : p_(call.args), g_(grads), sums_(sums), angles_(call, scratch), width_(angles_.width()) {
+      : p_(call.args),
+        g_(grads),
+        sums_(sums),
+        angles_(call, order_of<E>(p_), scratch),
+        width_(round_up<T>(p_.interleaved ? 2 * p_.P : p_.P)) {
     T* rows = reinterpret_cast<T*>(angles_.end());
     for (int i = 0; i < 4; ++i) sum_[i] = rows + i * p_.Ha * width_;
   }

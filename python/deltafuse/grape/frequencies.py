@@ -28,8 +28,8 @@ def rotary_frequencies(
 ):
     """Frequencies base^(-2p / dim) of the planes p, scaled, and the factor for cos and sin.
 
-    Rotary embeddings as in arXiv 2104.09864; in GRAPE (arXiv 2512.07805, section 3) they are the
-    fixed frequencies of its coordinate planes. The arithmetic is float32 in the order that
+    Those of rotary embeddings (arXiv 2104.09864), which are Multiplicative GRAPE (arXiv 2512.07805)
+    with coordinate planes and this spectrum. The arithmetic is float32 in the order that
     transformers uses, so that the tables of a checkpoint are met bit by bit.
 
     Args:

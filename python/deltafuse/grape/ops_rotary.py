@@ -1,4 +1,4 @@
-"""Rotations in coordinate planes: rotary embeddings and GRAPE-M (arXiv 2512.07805, section 3)."""
+"""Rotations in coordinate planes: rotary embeddings, Multiplicative GRAPE (arXiv 2512.07805)."""
 
 import torch
 
@@ -148,9 +148,9 @@ def apply_rotary_emb(
 ):
     """Rotary embedding of one tensor from tables, by the calling convention of flash-attn.
 
-    y0 = x0 cos - x1 sin, y1 = x0 sin + x1 cos (arXiv 2104.09864; arXiv 2512.07805, eq. 3, turned
-    counter-clockwise). Computed in float32 (float64 for float64), rounded once. Differentiable in
-    x; tables get no gradient here.
+    y0 = x0 cos - x1 sin, y1 = x0 sin + x1 cos (arXiv 2104.09864; arXiv 2512.07805).
+    Computed in float32 (float64 for float64), rounded once. Differentiable in x; tables get no
+    gradient here.
 
     Args:
         x: [B, T, H, D], or [total, H, D] with cu_seqlens; any strides (a last one other than 1
@@ -254,10 +254,10 @@ def rotary_qk(
     output_cache=None,
     validate=False,
 ):
-    """Rotates q and k in one pass: RoPE, learned-frequency and contextual GRAPE-M.
+    """Rotates q and k in one pass: RoPE, learned-frequency and contextual Multiplicative GRAPE.
 
-    Plane p turns by sum_a position_a freqs[p, a], or phase freqs[p] (arXiv 2512.07805, eqs. 3 to 8;
-    section 2.6 of this package's notes for the phase). Arithmetic in float32 (float64 for float64),
+    G(t) = exp(t L) of arXiv 2512.07805 in coordinate planes: plane p turns by
+    sum_a position_a freqs[p, a], or by phase freqs[p]. Arithmetic in float32 (float64 for float64),
     rounded once. Differentiable in q, k, freqs, phase, real positions, cos and sin. On CUDA float64
     and more than 512 planes run as plain PyTorch.
 

@@ -1,4 +1,4 @@
-"""The contextual phase (arXiv 2512.07805, section 3's position-dependent frequencies) in PyTorch.
+"""The phase of contextual Multiplicative GRAPE (arXiv 2512.07805) in plain PyTorch.
 
 Phi_t = sum_{s<t} omega_s within a sequence, in fixed point of 2^-40: sums of integers do not depend
 on how the tokens are divided, so whole sequences, chunks and single steps agree in every bit.

@@ -1,4 +1,7 @@
-"""Coordinate-plane rotations in plain PyTorch (arXiv 2512.07805, sections 2 and 3), any dtype.
+"""Rotations in coordinate planes in plain PyTorch, any dtype (arXiv 2512.07805).
+
+They are G(t) = exp(t L) of Multiplicative GRAPE for L = sum_p freqs_p (e_i e_j^T - e_j e_i^T), with
+the channels i and j of plane p; that is clockwise, and rotary embeddings are its transpose.
 
 Plane p of a head is rotated by angle(p) = sum_a position_a freqs[p, a]; sg = 1, or -1 clockwise:
     y0 = m (x0 cos - sg x1 sin),   y1 = m (sg x0 sin + x1 cos)
