@@ -156,9 +156,9 @@ SHAPE = {"B": 1, "T": 512, "H": 8, "D": 128}
 TARGETS = ((FRAME, 3.0), (DENSE, 3.0))
 ENTRIES = {
     **entries("grape_rank2", "GRAPE, 1 plane", {**SHAPE, "r": 1}, TARGETS),
-    **entries("grape_mixture", "GRAPE, mixture of 8 planes", {**SHAPE, "r": 8}, TARGETS),
+    **entries("grape_mix", "GRAPE, mixture of 8 planes", {**SHAPE, "r": 8}, TARGETS),
     **entries(
-        "grape_mixture_bf16",
+        "grape_mix_bf16",
         "GRAPE, mixture of 8 planes",
         {**SHAPE, "r": 8},
         TARGETS,
