@@ -60,7 +60,7 @@ def test_any_strides_and_canaries(function, make, device):
     x, *rest = (v.to(device) for v in make(2, 9, 3, 24, 2, dtype=F32))
     inputs = [x, *rest]
     exact = outcome(function, inputs)
-    buffer = torch.full((2, 3, 11, 40), 7.0)
+    buffer = torch.full((2, 3, 11, 40), 7.0, device=device)
     buffer[:, :, 1:-1, 8:32] = x.transpose(1, 2)
     view = buffer[:, :, 1:-1, 8:32].transpose(1, 2)
     assert torch.equal(function(view, *rest), exact[0])
@@ -68,7 +68,7 @@ def test_any_strides_and_canaries(function, make, device):
     assert torch.equal(function(spread, *rest), exact[0])
     wide = torch.cat((x, x), 2)[:, :, ::2][:, :, :3]  # heads two apart
     assert torch.equal(function(wide, *rest), function(wide.contiguous(), *rest))
-    dy = normal(*x.shape, seed=3, dtype=F32)
+    dy = normal(*x.shape, seed=3, dtype=F32).to(device)
     leaf = x.detach().requires_grad_()
     grads = [
         torch.autograd.grad(function(leaf, *rest), leaf, d)[0]
