@@ -94,7 +94,7 @@ def run(function, inputs, seed=11):
     """Output and gradients; the incoming gradient has few bits, so that every dtype holds it."""
     inputs = [t.detach().clone().requires_grad_(t.is_floating_point()) for t in inputs]
     y = function(*inputs)
-    dy = normal(*y.shape, seed=seed, dtype=BF16).to(y.dtype)
+    dy = normal(*y.shape, seed=seed, dtype=BF16).to(y)
     leaves = [t for t in inputs if t.requires_grad]
     return y.detach(), torch.autograd.grad(y, leaves, dy)
 

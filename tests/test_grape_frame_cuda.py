@@ -129,6 +129,25 @@ def test_backward_reads_its_rows_once(emulated, case):
     assert all(launch["local_loads"] == launch["local_stores"] == 0 for launch in launches)
 
 
+@pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
+@pytest.mark.parametrize("r", [2, 8])
+def test_gradients_of_far_positions_and_small_rows(emulated, r, dtype):
+    """Coefficients that grow with t, of planes that hardly turn, beside gradients of 1e-6."""
+    x, a, b, omega, t = mixture_inputs(1, 40, 1, 64, r, dtype=dtype, scale=1e6)
+    omega[:, 0] = 0
+    inputs = [x, a, b, omega, t]
+    check(grape.mixture_rotate, inputs, dtype)
+    if dtype == F32:  # 16 bits would round the gradient once more
+        check(lambda *v: 1e-6 * grape.mixture_rotate(*v), inputs, dtype)
+
+
+@pytest.mark.parametrize("r", [2, 8])
+def test_large_float16_rows(emulated, r):
+    x, W, theta, t = frame_inputs(1, 40, 1, 128, r, F16)
+    x = (4000 * x).clamp(-5000, 5000)
+    check(grape.frame_rotate, [x, W, theta, t], F16)
+
+
 def test_what_the_kernels_do_not_reach(emulated):
     with pytest.raises(RuntimeError, match="float64"):
         grape.frame_rotate(*frame_inputs(1, 3, 1, 8, 1, F64))

@@ -60,7 +60,7 @@ def test_any_strides_and_canaries(function, make, device):
     x, *rest = (v.to(device) for v in make(2, 9, 3, 24, 2, dtype=F32))
     inputs = [x, *rest]
     exact = outcome(function, inputs)
-    buffer = torch.full((2, 3, 11, 40), 7.0)
+    buffer = torch.full((2, 3, 11, 40), 7.0, device=device)
     buffer[:, :, 1:-1, 8:32] = x.transpose(1, 2)
     view = buffer[:, :, 1:-1, 8:32].transpose(1, 2)
     assert torch.equal(function(view, *rest), exact[0])
@@ -68,7 +68,7 @@ def test_any_strides_and_canaries(function, make, device):
     assert torch.equal(function(spread, *rest), exact[0])
     wide = torch.cat((x, x), 2)[:, :, ::2][:, :, :3]  # heads two apart
     assert torch.equal(function(wide, *rest), function(wide.contiguous(), *rest))
-    dy = normal(*x.shape, seed=3, dtype=F32)
+    dy = normal(*x.shape, seed=3, dtype=F32).to(device)
     leaf = x.detach().requires_grad_()
     grads = [
         torch.autograd.grad(function(leaf, *rest), leaf, d)[0]
@@ -160,3 +160,35 @@ def test_the_reference_backend_has_the_same_gradients():
     with _library.use("reference"):
         for a, b in zip(native, outcome(grape.mixture_rotate, inputs), strict=True):
             assert error(a, b) <= 1e-12
+
+
+def test_a_given_frame_leaves_the_gradients_alone():
+    inputs = mixture_inputs(1, 9, 2, 24, 2)
+    frame = grape.prepare_frame(*inputs[1:4])
+    given = outcome(lambda *v: grape.mixture_rotate(*v, frame=frame), inputs)
+    assert equal(given, outcome(grape.mixture_rotate, inputs))
+
+
+class Mixture(torch.nn.Module):
+    def __init__(self, a, b, omega):
+        super().__init__()
+        self.a, self.b, self.omega = (torch.nn.Parameter(v) for v in (a, b, omega))
+
+    def forward(self, x, t):
+        return grape.mixture_rotate(x, self.a, self.b, self.omega, t)
+
+
+def test_export():
+    x, *planes, t = mixture_inputs(2, 9, 2, 16, 2, dtype=F32)
+    module, T = Mixture(*planes), torch.export.Dim("T", min=2, max=64)
+    exported = torch.export.export(module, (x, t), dynamic_shapes=({1: T}, {1: T}))
+    x, *_, t = mixture_inputs(2, 33, 2, 16, 2, dtype=F32)
+    assert torch.equal(exported.module()(x, t), module(x, t))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_autocast_changes_nothing(dtype):
+    inputs = mixture_inputs(1, 9, 2, 24, 2, dtype=dtype)
+    plain = outcome(grape.mixture_rotate, inputs)
+    with torch.autocast("cpu", BF16):
+        assert equal(outcome(grape.mixture_rotate, inputs), plain)

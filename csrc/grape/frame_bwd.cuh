@@ -1,8 +1,9 @@
 // Backward of the rotation; frame.h has the equations. Up to 4 planes in one pass over x and g:
 //   c = W^T x, e = W^T g, c~ = Rc^T e;  dx = g + W (c~ - e);  dt = sum_k theta_k c~_k x c_k
 //   dW^T (or P^T) += u g^T + v x^T, summed in registers over the tokens of the CTA
-// More planes (kR = 0): this pass writes dx, dt and, for the sums, c and e; products.cuh reads x
-// and g again. What belongs to pairs of planes comes from c and e in frame_pairs.cu.
+// More planes (kR = 0, or frame_mma.cuh): the pass writes dx, dt and, for the sums, c and e; then
+// frame_products_kernel (bfloat16: frame_products_mma.cuh) reads x and g again. What belongs to
+// pairs of planes comes from c and e in frame_pairs.cu.
 //
 // CTA: 128 threads, one head, a span of tokens (a 3 * 132 / H-th of all, so that 12 warps an SM
 // are at work). Groups of lanes as in frame_fwd.cuh, 2 tokens at a time: 4 partial sums a token,
@@ -14,6 +15,7 @@
 // head; 8 r D a CTA of sums. FLOPs: 28 r D. Bound by memory up to r = 2, then by FP32 issue.
 #pragma once
 #include "grape/frame_device.cuh"
+#include "grape/frame_products_mma.cuh"
 
 namespace df::cuda {
 // Adds the groups' sums [rows][kTile] in order and writes the CTA's part [2 r, D] of the products,
@@ -242,8 +244,13 @@ void frame_bwd_launch(const FrameCuda& p, void* stream) {
       if (r == 2) return frame_bwd_kernel_launch<C, 2>(p, stream);
       if (r == 3 || r == 4) return frame_bwd_kernel_launch<C, 4>(p, stream);
     }
-    frame_bwd_kernel_launch<C, 0>(p, stream);
-    if (p.products) frame_products_launch<C>(p, stream);
+    bool tensor_cores = false;
+    if constexpr (sizeof(E) == 2) tensor_cores = frame_mma_launch<E, true>(p, stream);
+    if (!tensor_cores) frame_bwd_kernel_launch<C, 0>(p, stream);
+    if (!p.products) return;
+    if constexpr (std::is_same_v<E, bf16>)
+      if (tensor_cores) return frame_products_mma_launch(p, stream);
+    frame_products_launch<C>(p, stream);
   });
 }
 }  // namespace df::cuda

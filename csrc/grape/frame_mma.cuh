@@ -12,13 +12,14 @@
 // rows. Shared memory: fragments of W for both products, lane by lane, high and low part in 128
 // bits: 128 kBlocks (32 bytes D) a plane: 16 KB for 8 planes of 128 channels, 128 KB for 64.
 // Registers: 8 kBlocks of x, 16 kBlocks of y; at most 128 for D <= 64. D = 128 has 96 of these and
-// takes 216: 8 warps an SM have 32 KB of rows on their way.
-// Bytes: 4 D a token and head. FLOPs: 20 r D on tensor cores, about 60 instructions an angle.
-// Bound by memory up to r = 16 (D = 128), then by the tensor cores.
+// takes 216 (backward, with 8 kBlocks more: 255): 8 warps an SM have 32 KB of rows on their way.
+// Bytes: 4 D a token and head; backward 6 D + 16 r + 4. FLOPs: 20 r D on tensor cores, about 60
+// instructions an angle. Bound by memory up to r = 16 (D = 128), then by the tensor cores.
 #pragma once
 #include <type_traits>
 
-#include "grape/frame_device.cuh"
+#include "common/cuda/reduce.cuh"
+#include "grape/frame_fwd.cuh"
 
 namespace df::cuda {
 __device__ inline uint32_t bits_of(float x, bf16) {
@@ -32,10 +33,16 @@ __device__ inline float value_of(uint32_t bits) {
   return to_float(E{uint16_t(bits)});
 }
 
-// Two numbers as pairs of 16 bits: high parts, and what these leave.
+// Two numbers as pairs of 16 bits: high parts, and what these leave. float16's high part stops at
+// its largest number, so that the sum reaches twice as far.
+template <class E>
+__device__ inline uint32_t high_part(float x) {
+  constexpr float kLargest = 65504;
+  return bits_of(std::is_same_v<E, f16> ? fminf(fmaxf(x, -kLargest), kLargest) : x, E{});
+}
 template <class E>
 __device__ inline void split(float x, float y, uint32_t& high, uint32_t& low) {
-  const uint32_t a = bits_of(x, E{}), b = bits_of(y, E{});
+  const uint32_t a = high_part<E>(x), b = high_part<E>(y);
   high = a | b << 16;
   low = bits_of(x - value_of<E>(a), E{}) | bits_of(y - value_of<E>(b), E{}) << 16;
 }
@@ -96,12 +103,60 @@ __device__ inline void stage_fragments(const FrameCuda& p, int h, int chunks, ui
   }
 }
 
+// 16 bytes of each block of 32 channels of two tokens; zeros for absent ones.
 template <class C>
-__global__ void __launch_bounds__(C::kThreads, C::kBlocks > 2 ? 2 : 4)
+__device__ inline void load_rows(const FrameCuda& p, const FrameRows& rows, const int64_t (&n)[2],
+                                 int64_t last, int h, int c, uint32_t (&x)[2][C::kBlocks][4]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const auto* const row =
+        static_cast<const typename C::E*>(rows.data) + row_of(p.args, rows, n[i], h) + 8 * c;
+#pragma unroll
+    for (int j = 0; j < C::kBlocks; ++j) {
+      uint4 raw = make_uint4(0, 0, 0, 0);
+      if (n[i] < last && 32 * j + 8 * c < p.args.D)
+        raw = __ldcg(reinterpret_cast<const uint4*>(row + 32 * j));
+      x[i][j][0] = raw.x, x[i][j][1] = raw.y, x[i][j][2] = raw.z, x[i][j][3] = raw.w;
+    }
+  }
+}
+template <class C>
+__device__ inline void store_rows(const FrameCuda& p, const int64_t (&n)[2], int64_t last, int h,
+                                  int c, const float (&y)[C::kBlocks][4][4]) {
+  using E = typename C::E;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (n[i] >= last) continue;
+    E* const row = static_cast<E*>(p.args.y) + (n[i] * p.args.H + h) * p.args.D + 8 * c;
+#pragma unroll
+    for (int j = 0; j < C::kBlocks; ++j) {
+      uint32_t pair[4];
+#pragma unroll
+      for (int q = 0; q < 4; ++q)
+        pair[q] = bits_of(y[j][q][2 * i], E{}) | bits_of(y[j][q][2 * i + 1], E{}) << 16;
+      if (32 * j + 8 * c < p.args.D)
+        __stcg(reinterpret_cast<uint4*>(row + 32 * j),
+               make_uint4(pair[0], pair[1], pair[2], pair[3]));
+    }
+  }
+}
+
+// point += x W for one tile of 8 columns and one step of 16 channels.
+template <class C>
+__device__ inline void add_step(float (&point)[4], const uint32_t (&x)[2][C::kBlocks][4], int s,
+                                const uint4& w) {
+  const int j = s / 2, q = s % 2 * 2;
+  const uint32_t a[4] = {x[0][j][q], x[1][j][q], x[0][j][q + 1], x[1][j][q + 1]};
+  multiply<typename C::E>(point, a, w.x, w.y);
+  multiply<typename C::E>(point, a, w.z, w.w);
+}
+
+template <class C, bool kBackward>
+__global__ void __launch_bounds__(C::kThreads, C::kBlocks > 2 || kBackward ? 2 : 4)
     frame_mma_kernel(const __grid_constant__ FrameCuda p) {
   using E = typename C::E;
-  const int D = int(p.args.D), r = int(p.args.r), H = int(p.args.H);
-  const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4, h = int(blockIdx.x % H);
+  const int r = int(p.args.r), H = int(p.args.H), h = int(blockIdx.x % H);
+  const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
   const int chunks = (r + C::kPlanes - 1) / C::kPlanes;
   const int64_t N = p.args.B * p.args.T, first = blockIdx.x / H * p.span;
   const int64_t last = first + p.span < N ? first + p.span : N;
@@ -115,51 +170,49 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks > 2 ? 2 : 4)
 
   for (int64_t step = first + threadIdx.x / 32 * 16; step < last; step += C::kTokens) {
     const int64_t n[2] = {step + g, step + g + 8};
-    uint32_t x[2][C::kBlocks][4];
+    // backward: `turned` is the upstream gradient, and x is there for the sums
+    uint32_t turned[2][C::kBlocks][4], x[2][C::kBlocks][4];
+    load_rows<C>(p, kBackward ? p.args.g : p.args.x, n, last, h, c, turned);
+    if constexpr (kBackward) load_rows<C>(p, p.args.x, n, last, h, c, x);
     double t[2];
+    float dt[2] = {}, y[C::kBlocks][4][4];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      t[i] = n[i] < last ? p.args.t[n[i]] : 0;
-      const E* const row =
-          static_cast<const E*>(p.args.x.data) + row_of(p.args, p.args.x, n[i], h) + 8 * c;
-#pragma unroll
-      for (int j = 0; j < C::kBlocks; ++j) {
-        uint4 raw = make_uint4(0, 0, 0, 0);
-        if (n[i] < last && 32 * j + 8 * c < D)
-          raw = __ldcg(reinterpret_cast<const uint4*>(row + 32 * j));
-        x[i][j][0] = raw.x, x[i][j][1] = raw.y, x[i][j][2] = raw.z, x[i][j][3] = raw.w;
-      }
-    }
-    float y[C::kBlocks][4][4];
+    for (int i = 0; i < 2; ++i) t[i] = n[i] < last ? p.args.t[n[i]] : 0;
 #pragma unroll
     for (int j = 0; j < C::kBlocks; ++j)
 #pragma unroll
       for (int q = 0; q < 4; ++q)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          y[j][q][i] = value_of<E>(x[i / 2][j][q] >> 16 * (i % 2) & 0xffff);
+          y[j][q][i] = value_of<E>(turned[i / 2][j][q] >> 16 * (i % 2) & 0xffff);
 
     for (int m = 0; m < chunks; ++m) {
-      uint32_t high[4], low[4];  // of d, as A of the second product
+      uint32_t high[4], low[4];  // of the change, as A of the second product
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
-        float point[4] = {};
+        float e[4] = {}, point[4] = {};
 #pragma unroll
         for (int s = 0; s < 2 * C::kBlocks; ++s) {
           const uint4 w = sFirst[((m * 2 + tile) * 2 * C::kBlocks + s) * 32 + lane];
-          const int j = s / 2, q = s % 2 * 2;
-          const uint32_t a[4] = {x[0][j][q], x[1][j][q], x[0][j][q + 1], x[1][j][q + 1]};
-          multiply<E>(point, a, w.x, w.y);
-          multiply<E>(point, a, w.z, w.w);
+          add_step<C>(e, turned, s, w);
+          if constexpr (kBackward) add_step<C>(point, x, s, w);
         }
-        const double theta = sTheta[m * C::kPlanes + tile * 4 + c];
+        const int k = m * C::kPlanes + tile * 4 + c;
+        const double theta = sTheta[k];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const Angle at(t[i], theta);
-          const float turn = at.turn(), less_one = at.less_one();
-          const float c0 = point[2 * i], c1 = point[2 * i + 1];
-          split<E>(c0 * less_one + c1 * turn, c1 * less_one - c0 * turn, high[2 * tile + i],
-                   low[2 * tile + i]);
+          const float turn = kBackward ? -at.turn() : at.turn(), less_one = at.less_one();
+          const float e0 = e[2 * i], e1 = e[2 * i + 1];
+          const float d0 = e0 * less_one + e1 * turn, d1 = e1 * less_one - e0 * turn;
+          split<E>(d0, d1, high[2 * tile + i], low[2 * tile + i]);
+          if constexpr (kBackward) {
+            const float c0 = point[2 * i], c1 = point[2 * i + 1];
+            dt[i] += float(theta) * ((e0 + d0) * c1 - (e1 + d1) * c0);
+            if (p.coefs && k < r && n[i] < last)
+              __stcg(reinterpret_cast<float4*>(p.coefs) + (n[i] * H + h) * r + k,
+                     make_float4(c0, c1, e0, e1));
+          }
         }
       }
 #pragma unroll
@@ -172,25 +225,18 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks > 2 ? 2 : 4)
           multiply<E>(y[j][q], low, w.x, w.y);
         }
     }
+    store_rows<C>(p, n, last, h, c, y);
+    if constexpr (kBackward)
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (n[i] >= last) continue;
-      E* const row = static_cast<E*>(p.args.y) + (n[i] * H + h) * D + 8 * c;
-#pragma unroll
-      for (int j = 0; j < C::kBlocks; ++j) {
-        uint32_t pair[4];
-#pragma unroll
-        for (int q = 0; q < 4; ++q)
-          pair[q] = bits_of(y[j][q][2 * i], E{}) | bits_of(y[j][q][2 * i + 1], E{}) << 16;
-        if (32 * j + 8 * c < D)
-          __stcg(reinterpret_cast<uint4*>(row + 32 * j),
-                 make_uint4(pair[0], pair[1], pair[2], pair[3]));
+      for (int i = 0; i < 2; ++i) {
+        const float total = lane_sum<4>(dt[i]);
+        if (p.args.dt && c == 0 && n[i] < last)
+          static_cast<float*>(p.args.dt)[n[i] * H + h] = total;
       }
-    }
   }
 }
 
-template <class C>
+template <class C, bool kBackward>
 void frame_mma_kernel_launch(const FrameCuda& p, void* stream) {
   FrameCuda call = p;
   const int64_t N = p.args.B * p.args.T, chunks = (p.args.r + C::kPlanes - 1) / C::kPlanes;
@@ -202,17 +248,18 @@ void frame_mma_kernel_launch(const FrameCuda& p, void* stream) {
   call.splits = (steps + each - 1) / each;
   const int bytes = int(chunks) * (C::kChunkBytes + C::kPlanes * int(sizeof(double)));
   if (bytes > 48 << 10)
-    cudaFuncSetAttribute(frame_mma_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  frame_mma_kernel<C>
+    cudaFuncSetAttribute(frame_mma_kernel<C, kBackward>,
+                         cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  frame_mma_kernel<C, kBackward>
       <<<call.splits * p.args.H, C::kThreads, bytes, static_cast<cudaStream_t>(stream)>>>(call);
 }
 
 // Whether it was launched: there are tensor cores for these rows.
-template <class E>
+template <class E, bool kBackward>
 bool frame_mma_launch(const FrameCuda& p, void* stream) {
   if (!p.vectors || p.args.r <= kFrameFused || p.args.D > 128) return false;
-  p.args.D <= 64 ? frame_mma_kernel_launch<FrameMma<E, 2>>(p, stream)
-                 : frame_mma_kernel_launch<FrameMma<E, 4>>(p, stream);
+  p.args.D <= 64 ? frame_mma_kernel_launch<FrameMma<E, 2>, kBackward>(p, stream)
+                 : frame_mma_kernel_launch<FrameMma<E, 4>, kBackward>(p, stream);
   return true;
 }
 }  // namespace df::cuda
