@@ -73,12 +73,12 @@ _library.register(
     "grape_skew_tridiagonal",
     lambda L: (L.new_empty(L.shape[0], L.shape[1] - 1), L.new_empty(L.shape)),
 )
+_library.not_on_cuda(torch.float64, "grape_frame_fwd", "grape_mixture_fwd")
 
 
 def _kernel(name, x):
     """The compiled operator, or None where the CUDA kernels do not reach."""
-    beyond = x.dtype == torch.float64 or x.shape[-1] > MAX_CUDA_D
-    return None if x.is_cuda and beyond else _library.kernel(name, x)
+    return None if x.is_cuda and x.shape[-1] > MAX_CUDA_D else _library.kernel(name, x)
 
 
 def frame_rotate(x, W, theta, t):

@@ -95,15 +95,14 @@ _library.register(
     "grape_rotary_bwd", _bwd_fake, lambda ctx, inputs, output: None, _no_second_derivative
 )
 _library.register("grape_rotary_out", lambda *args: None)
+_library.not_on_cuda(torch.float64, "grape_rotary_fwd", "grape_rotary_out")
 
 
 def _kernel(name, tensors):
     """The compiled operator, or None: also for what the CUDA kernels leave to the reference."""
     q, freqs, cos = tensors[0], tensors[2], tensors[6]
     planes = cos.shape[-1] if freqs is None else freqs.shape[1]
-    if q.is_cuda and (q.dtype == torch.float64 or planes > CUDA_PLANES):
-        return None
-    return _library.kernel(name, q)
+    return None if q.is_cuda and planes > CUDA_PLANES else _library.kernel(name, q)
 
 
 class _InPlace(torch.autograd.Function):
@@ -149,20 +148,11 @@ def rotate_out(tensors, out_q, out_k, offset, factor, flags):
     kernel = _kernel("grape_rotary_out", tensors)
     if kernel is not None:
         kernel(*tensors, offset, factor, flags, out_q, out_k)
-        return _changed(out_q, out_k)
+        return _library.written(out_q, out_k)
     y_q, y_k = reference.naive_rotary(*tensors, offset, factor, flags)
     out_q.copy_(y_q)
     if out_k is not None:
         out_k.copy_(y_k)
-
-
-def _changed(*tensors):
-    """Autograd learns that these have new values: what it had saved of them is stale."""
-    if torch.compiler.is_compiling():
-        return
-    for t in tensors:
-        if t is not None and not t.is_inference():
-            torch.autograd.graph.increment_version(t)
 
 
 def rotate_in_place(tensors, offset, factor, flags):
