@@ -30,6 +30,7 @@ def functions(case, compile_baseline):
     """{row name: function}, ours first."""
     named = {OURS: case.ours, REFERENCE: case.reference, **case.baselines}
     if compile_baseline and case.compiled:
+        torch.compiler.reset()  # the limit on recompilations is one for all shapes and types
         named[COMPILED] = case.compiled(torch.compile)
     return named
 
