@@ -70,32 +70,6 @@ void apply(const RotaryInputs& in, RotaryArgs p, const Tensor& y_q, const OptTen
   call.check_rows();
 }
 
-std::tuple<Tensor, Tensor> fwd(const Tensor& q, const OptTensor& k, const OptTensor& freqs,
-                               const OptTensor& positions, const OptTensor& offsets,
-                               const OptTensor& cu_seqlens, const OptTensor& cos_q,
-                               const OptTensor& sin_q, const OptTensor& cos_k,
-                               const OptTensor& sin_k, int64_t offset, double factor,
-                               int64_t flags) {
-  const RotaryInputs in(q, k, freqs, positions, offsets, cu_seqlens, cos_q, sin_q, cos_k, sin_k,
-                        offset, factor, flags);
-  const RotaryArgs p = in.args(false);
-  const Tensor y_q = empty(q, {p.B, p.T, p.q.H, p.D});
-  const OptTensor y_k = k ? OptTensor(empty(*k, {p.B, p.T, p.k.H, p.D})) : std::nullopt;
-  apply(in, p, y_q, y_k);
-  return {y_q, y_k ? *y_k : empty(q, {0})};
-}
-
-void out(const Tensor& q, const OptTensor& k, const OptTensor& freqs, const OptTensor& positions,
-         const OptTensor& offsets, const OptTensor& cu_seqlens, const OptTensor& cos_q,
-         const OptTensor& sin_q, const OptTensor& cos_k, const OptTensor& sin_k, int64_t offset,
-         double factor, int64_t flags, const Tensor& out_q, const OptTensor& out_k) {
-  const RotaryInputs in(q, k, freqs, positions, offsets, cu_seqlens, cos_q, sin_q, cos_k, sin_k,
-                        offset, factor, flags);
-  const RotaryOutputs to(q, k, out_q, out_k);
-  apply(in, in.args(false), to.q, to.k);
-  to.finish();
-}
-
 using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Backward bwd(const Tensor& dy_q, const OptTensor& dy_k, const OptTensor& q_, const OptTensor& k_,
@@ -137,7 +111,7 @@ Backward bwd(const Tensor& dy_q, const OptTensor& dy_k, const OptTensor& q_, con
 }  // namespace df::cpu
 
 DF_IMPL(CPU, m) {
-  m.impl("grape_rotary_fwd", TORCH_BOX(&df::cpu::fwd));
+  m.impl("grape_rotary_fwd", TORCH_BOX((&df::rotary_fwd_op<&df::cpu::apply>)));
   m.impl("grape_rotary_bwd", TORCH_BOX(&df::cpu::bwd));
-  m.impl("grape_rotary_out", TORCH_BOX(&df::cpu::out));
+  m.impl("grape_rotary_out", TORCH_BOX((&df::rotary_out_op<&df::cpu::apply>)));
 }

@@ -204,4 +204,35 @@ struct RotaryGradTensors {
     return empty(in.q, {p.B, p.T, p.Ha, p.P}, type);
   }
 };
+
+// The operators that a device's apply(inputs, arguments, y_q, y_k) gives.
+using RotaryResult = std::tuple<Tensor, Tensor>;
+
+template <auto apply>
+RotaryResult rotary_fwd_op(const Tensor& q, const OptTensor& k, const OptTensor& freqs,
+                           const OptTensor& positions, const OptTensor& offsets,
+                           const OptTensor& cu_seqlens, const OptTensor& cos_q,
+                           const OptTensor& sin_q, const OptTensor& cos_k, const OptTensor& sin_k,
+                           int64_t offset, double factor, int64_t flags) {
+  const RotaryInputs in(q, k, freqs, positions, offsets, cu_seqlens, cos_q, sin_q, cos_k, sin_k,
+                        offset, factor, flags);
+  const RotaryArgs p = in.args(false);
+  const Tensor y_q = empty(q, {p.B, p.T, p.q.H, p.D});
+  const OptTensor y_k = k ? OptTensor(empty(*k, {p.B, p.T, p.k.H, p.D})) : std::nullopt;
+  apply(in, p, y_q, y_k);
+  return {y_q, y_k ? *y_k : empty(q, {0})};
+}
+
+template <auto apply>
+void rotary_out_op(const Tensor& q, const OptTensor& k, const OptTensor& freqs,
+                   const OptTensor& positions, const OptTensor& offsets,
+                   const OptTensor& cu_seqlens, const OptTensor& cos_q, const OptTensor& sin_q,
+                   const OptTensor& cos_k, const OptTensor& sin_k, int64_t offset, double factor,
+                   int64_t flags, const Tensor& out_q, const OptTensor& out_k) {
+  const RotaryInputs in(q, k, freqs, positions, offsets, cu_seqlens, cos_q, sin_q, cos_k, sin_k,
+                        offset, factor, flags);
+  const RotaryOutputs to(q, k, out_q, out_k);
+  apply(in, in.args(false), to.q, to.k);
+  to.finish();
+}
 }  // namespace df

@@ -130,25 +130,6 @@ static void step(const MarsLists& lists, const Tensors& grads, const std::vector
   }
 }
 
-static void mars(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs,
-                 Tensors max_exp_avg_sqs, Tensors last_grads, Tensors masters, Tensors absmaxes,
-                 Tensors state_steps, std::vector<int64_t> sections, std::vector<double> constants,
-                 OptTensor schedule, OptTensor norms, OptTensor grad_scale, OptTensor found_inf,
-                 int64_t seed) {
-  const MarsLists lists{std::move(params),          std::move(exp_avgs),   std::move(exp_avg_sqs),
-                        std::move(max_exp_avg_sqs), std::move(last_grads), std::move(masters),
-                        std::move(absmaxes),        std::move(state_steps)};
-  step(lists, grads, sections, constants, schedule, norms, grad_scale, found_inf, seed);
-}
-
-static bool planned(Tensors grads, Tensor plan, std::vector<double> constants, OptTensor schedule,
-                    OptTensor grad_scale, OptTensor found_inf, int64_t seed) {
-  const MarsPlan& known = mars_plan_of(plan);
-  if (!mars_fits(known, grads)) return false;
-  step(known.lists, grads, known.sections, constants, schedule, {}, grad_scale, found_inf, seed);
-  return true;
-}
-
 static Tensor squares(Tensors grads, Tensors last_grads, Tensors absmaxes,
                       std::vector<int64_t> sections, std::vector<double> constants,
                       OptTensor schedule, OptTensor grad_scale) {
@@ -176,8 +157,8 @@ static Tensor squares(Tensors grads, Tensors last_grads, Tensors absmaxes,
 }  // namespace df::cuda
 
 DF_IMPL(DF_CUDA, m) {
-  m.impl("mars_", TORCH_BOX(&df::cuda::mars));
+  m.impl("mars_", TORCH_BOX((&df::mars_op<&df::cuda::step>)));
   m.impl("mars_plan", TORCH_BOX(&df::mars_plan));
-  m.impl("mars_planned_", TORCH_BOX(&df::cuda::planned));
+  m.impl("mars_planned_", TORCH_BOX((&df::mars_planned_op<&df::cuda::step>)));
   m.impl("mars_squares", TORCH_BOX(&df::cuda::squares));
 }

@@ -48,4 +48,26 @@ inline bool mars_fits(const MarsPlan& plan, const Tensors& grads) {
       return false;
   return true;
 }
+
+// The operators that a device's step(lists, grads, ...) gives.
+template <auto step>
+void mars_op(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs,
+             Tensors max_exp_avg_sqs, Tensors last_grads, Tensors masters, Tensors absmaxes,
+             Tensors state_steps, std::vector<int64_t> sections, std::vector<double> constants,
+             OptTensor schedule, OptTensor norms, OptTensor grad_scale, OptTensor found_inf,
+             int64_t seed) {
+  const MarsLists lists{std::move(params),          std::move(exp_avgs),   std::move(exp_avg_sqs),
+                        std::move(max_exp_avg_sqs), std::move(last_grads), std::move(masters),
+                        std::move(absmaxes),        std::move(state_steps)};
+  step(lists, grads, sections, constants, schedule, norms, grad_scale, found_inf, seed);
+}
+
+template <auto step>
+bool mars_planned_op(Tensors grads, Tensor plan, std::vector<double> constants, OptTensor schedule,
+                     OptTensor grad_scale, OptTensor found_inf, int64_t seed) {
+  const MarsPlan& known = mars_plan_of(plan);
+  if (!mars_fits(known, grads)) return false;
+  step(known.lists, grads, known.sections, constants, schedule, {}, grad_scale, found_inf, seed);
+  return true;
+}
 }  // namespace df

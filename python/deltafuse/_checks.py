@@ -32,8 +32,23 @@ def expect_same_dtype(op, **tensors):
         fail(op, f"expected one dtype, got {listed}")
 
 
-def expect_same_device(op, **tensors):
+def expect_same_device(op, *, error=ValueError, **tensors):
     given = {name: t.device for name, t in tensors.items() if t is not None}
     if len(set(given.values())) > 1:
         listed = ", ".join(f"{name} on {device}" for name, device in given.items())
-        fail(op, f"expected one device, got {listed}")
+        fail(op, f"expected one device, got {listed}", error)
+
+
+def expect_offsets(op, x, cu_seqlens):
+    """The number of sequences: the batch of x, or those that cu_seqlens packs into its one row."""
+    if cu_seqlens is None:
+        return x.shape[0]
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        fail(op, f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or x.shape[0] != 1:
+        fail(
+            op,
+            f"cu_seqlens must be [N + 1] and B 1, got cu_seqlens {tuple(cu_seqlens.shape)} "
+            f"and x {tuple(x.shape)}",
+        )
+    return cu_seqlens.shape[0] - 1

@@ -100,23 +100,10 @@ def _check_tensors(op, x, cu_seqlens, attention_mask, **others):
         if tensor is not None:
             _checks.expect_float(op, name, tensor)
     given = {"x": x, **others, "cu_seqlens": cu_seqlens, "attention_mask": attention_mask}
-    devices = {name: t.device for name, t in given.items() if t is not None}
-    if len(set(devices.values())) > 1:
-        listed = ", ".join(f"{name} on {device}" for name, device in devices.items())
-        _checks.fail(op, f"expected one device, got {listed}", TypeError)
+    _checks.expect_same_device(op, error=TypeError, **given)
     if attention_mask is not None:
         _checks.expect_shape(op, "attention_mask", attention_mask, x.shape[:2], "[B, T]")
-    if cu_seqlens is None:
-        return x.shape[0]
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        _checks.fail(op, f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or x.shape[0] != 1:
-        _checks.fail(
-            op,
-            f"cu_seqlens must be [S + 1] and B 1, got cu_seqlens {tuple(cu_seqlens.shape)} "
-            f"and x {tuple(x.shape)}",
-        )
-    return cu_seqlens.shape[0] - 1
+    return _checks.expect_offsets(op, x, cu_seqlens)
 
 
 def _check_channels(op, x, d, value_channels):

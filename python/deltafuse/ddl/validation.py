@@ -15,9 +15,7 @@ def expect_floats(op, **tensors):
     given = {name: t for name, t in tensors.items() if t is not None}
     for name, tensor in given.items():
         _checks.expect_float(op, name, tensor)
-    if len({t.device for t in given.values()}) > 1:
-        listed = ", ".join(f"{name} on {t.device}" for name, t in given.items())
-        _checks.fail(op, f"expected one device, got {listed}", TypeError)
+    _checks.expect_same_device(op, error=TypeError, **given)
 
 
 def expect_eps(op, **values):

@@ -95,21 +95,6 @@ def _check_conv(op, x, weight, bias, state, state_name, N, activation):
         _checks.fail(op, f"activation must be 'silu' or None, got {activation!r}")
 
 
-def _check_offsets(op, x, cu_seqlens):
-    """The number of sequences."""
-    if cu_seqlens is None:
-        return x.shape[0]
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        _checks.fail(op, f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or x.shape[0] != 1:
-        _checks.fail(
-            op,
-            f"cu_seqlens must be [N + 1] and B 1, got cu_seqlens {tuple(cu_seqlens.shape)} "
-            f"and x {tuple(x.shape)}",
-        )
-    return cu_seqlens.shape[0] - 1
-
-
 def causal_conv1d(
     x,
     weight,
@@ -145,7 +130,7 @@ def causal_conv1d(
     """
     op = "causal_conv1d"
     _checks.expect_dim(op, "x", x, 3, "[B, T, D]")
-    N = _check_offsets(op, x, cu_seqlens)
+    N = _checks.expect_offsets(op, x, cu_seqlens)
     _check_conv(op, x, weight, bias, initial_state, "initial_state", N, activation)
     kernel = _library.kernel("causal_conv1d_fwd", x)
     if kernel is None:
