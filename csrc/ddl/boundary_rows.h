@@ -87,10 +87,6 @@ T number_at(const TokenRows& rows, int64_t token, int64_t i = 0) {
   return static_cast<const T*>(rows.data)[token * rows.stride + i];
 }
 
-inline double logistic(double x) {
-  return x >= 0 ? 1 / (1 + __builtin_exp(-x)) : __builtin_exp(x) / (1 + __builtin_exp(x));
-}
-
 // The gates of a token, through their sigmoids.
 template <class T>
 struct Gates {

@@ -39,7 +39,7 @@ inline MixTensors mix_tensors(bool expand, const Tensor& x, const Tensor& w,
   STD_TORCH_CHECK(!initial || (initial->dim() == 3 && initial->size(0) == shape.N &&
                                initial->size(1) == shape.in() && initial->size(2) == shape.K - 1),
                   op, ": initial_state must be [", shape.N, ",", shape.in(), ",", shape.K - 1, "]");
-  return {shape, token_rows(x), as(w, compute_type(x)), as(initial, x.scalar_type()),
+  return {shape, dense_tokens(x), as(w, compute_type(x)), as(initial, x.scalar_type()),
           dense_offsets(cu_seqlens)};
 }
 
@@ -59,7 +59,7 @@ struct MixGrads {
 inline MixGrads mix_grads(const MixTensors& in, const Tensor& dy, const OptTensor& d_final) {
   const ScalarType type = compute_type(in.x);
   const auto [expand, B, T, N, d, dv, K] = in.shape;
-  return {token_rows(torch::stable::to(dy, in.x.scalar_type())), as(d_final, type),
+  return {dense_tokens(torch::stable::to(dy, in.x.scalar_type())), as(d_final, type),
           expand ? empty(in.x, {B, T, d}) : empty(in.x, {B, T, d, dv}),
           in.initial ? in.state(type) : empty(in.x, {0})};
 }

@@ -10,7 +10,7 @@
 
 namespace df {
 // t with the dimensions from 2 on contiguous: itself, or a copy.
-inline Tensor token_rows(const Tensor& t) {
+inline Tensor dense_tokens(const Tensor& t) {
   int64_t stride = 1;
   for (int64_t i = t.dim() - 1; i >= 2; --i) {
     if (t.size(i) != 1 && t.stride(i) != stride) return contiguous(t);

@@ -4,7 +4,7 @@
 //   x^ = r x, r = (sum x^2 + 1e-6)^-1/2;   g = -exp(A_log) softplus(a + dt_bias), at least -88;
 //   beta = m sigmoid(b)
 #pragma once
-#include "common/cpu/vec.h"
+#include "common/cpu/math.h"
 
 namespace df::cpu::DF_ISA {
 // Rows of n elements, n arbitrary; lanes are added in a fixed order.
@@ -29,10 +29,6 @@ template <class T>
 inline void l2norm_bwd(const T* x_hat, T r, T* dx, int64_t n) {
   const T along = dot_row(x_hat, dx, n);
   for (int64_t i = 0; i < n; ++i) dx[i] = r * (dx[i] - x_hat[i] * along);
-}
-
-inline double logistic(double x) {
-  return 1 / (1 + __builtin_exp(-x));
 }
 
 // exp(-88) is the smallest decay that float tells from 0; -inf means a reset, NaN stays NaN.

@@ -84,6 +84,15 @@ def register(name, fake, setup_context=None, backward=None):
         _register_in(namespace, *_registered[-1])
 
 
+def register_backward(name, fake, public):
+    """The operator that computes the gradients of `public`; they have no gradient themselves."""
+
+    def refuse(ops, ctx, *grads):
+        raise RuntimeError(f"{public}: the gradient of the gradient is not implemented")
+
+    register(name, fake, lambda ctx, inputs, output: None, refuse)
+
+
 def _register_in(namespace, name, fake, setup_context, backward):
     qualified = f"{namespace}::{name}"
     torch.library.register_fake(qualified, fake)

@@ -102,6 +102,10 @@ inline Vec<T> log(Vec<T> x) {
   return x > T(0) ? positive : (x == T(0) ? -infinity : splat(T(__builtin_nan(""))));
 }
 
+// Of one number: 0 and 1 for large ones, with full relative precision on both sides.
+inline double logistic(double x) {
+  return 1 / (1 + __builtin_exp(-x));
+}
 template <class T>
 inline Vec<T> sigmoid(Vec<T> x) {
   return T(1) / (T(1) + exp<T>(-x));

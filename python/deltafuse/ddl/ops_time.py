@@ -12,18 +12,12 @@ import torch
 from .. import _checks, _library
 from . import reference_time as reference
 from .reference_time import compute_dtype
-
-MAX_VALUE_CHANNELS = 16
+from .validation import MAX_CHANNELS
 
 
 def _register(name, public, fwd_fake, bwd_fake, setup_context, backward):
-    def no_second_derivative(ops, ctx, *grads):
-        raise RuntimeError(f"{public}: the gradient of the gradient is not implemented")
-
     _library.register(f"{name}_fwd", fwd_fake, setup_context, backward)
-    _library.register(
-        f"{name}_bwd", bwd_fake, lambda ctx, inputs, output: None, no_second_derivative
-    )
+    _library.register_backward(f"{name}_bwd", bwd_fake, public)
 
 
 def _needed(ctx, grads):
@@ -107,10 +101,10 @@ def _check_tensors(op, x, cu_seqlens, attention_mask, **others):
 
 
 def _check_channels(op, x, d, value_channels):
-    if d < 1 or not 1 <= value_channels <= MAX_VALUE_CHANNELS:
+    if d < 1 or not 1 <= value_channels <= MAX_CHANNELS:
         _checks.fail(
             op,
-            f"d must be at least 1 and d_v in 1..{MAX_VALUE_CHANNELS}, "
+            f"d must be at least 1 and d_v in 1..{MAX_CHANNELS}, "
             f"got d {d} and d_v {value_channels} with x {tuple(x.shape)}",
         )
 

@@ -86,14 +86,8 @@ def _backward(ops, ctx, d_y, d_x_in, d_c, d_z_v, d_z_beta, _):
     return (*(g if need else None for g, need in zip(grads, needed, strict=True)), *[None] * 5)
 
 
-def _no_second_derivative(ops, ctx, *grads):
-    raise RuntimeError("ddl: the gradient of the gradient is not implemented")
-
-
 _library.register("ddl_boundary_fwd", _fwd_fake, _setup, _backward)
-_library.register(
-    "ddl_boundary_bwd", _bwd_fake, lambda ctx, inputs, output: None, _no_second_derivative
-)
+_library.register_backward("ddl_boundary_bwd", _bwd_fake, "ddl")
 _library.register("ddl_rewrite_out", lambda *args: None)
 _library.not_on_cuda(torch.float64, "ddl_boundary_fwd", "ddl_rewrite_out")
 

@@ -103,14 +103,8 @@ def _backward(ops, ctx, d_o, d_final_state, _d_saved):
     return *(x if need else None for x, need in zip(grads, needed, strict=True)), *options
 
 
-def _no_second_derivative(ops, ctx, *grads):
-    raise RuntimeError(f"{OP}: the gradient of the gradient is not implemented")
-
-
 _library.register("gated_delta_fwd", _fwd_fake, _setup_context, _backward)
-_library.register(
-    "gated_delta_bwd", _bwd_fake, lambda ctx, inputs, output: None, _no_second_derivative
-)
+_library.register_backward("gated_delta_bwd", _bwd_fake, OP)
 
 
 def _reference(call, output_final_state):

@@ -13,18 +13,9 @@ from .reference import compute_dtype
 MAX_CONV_WIDTH = 8
 
 
-def _no_second_derivative(name):
-    def backward(ops, ctx, *grads):
-        raise RuntimeError(f"{name}: the gradient of the gradient is not implemented")
-
-    return backward
-
-
 def _register(name, public, fwd_fake, bwd_fake, setup_context, backward):
     _library.register(f"{name}_fwd", fwd_fake, setup_context, backward)
-    _library.register(
-        f"{name}_bwd", bwd_fake, lambda ctx, inputs, output: None, _no_second_derivative(public)
-    )
+    _library.register_backward(f"{name}_bwd", bwd_fake, public)
 
 
 def _needed(ctx, grads):

@@ -60,15 +60,9 @@ def _mixture_backward(ops, ctx, dy):
     return dx, *planes, dt.sum(-1).to(t.dtype) if need_t else None, None, None
 
 
-def _no_second_derivative(ops, ctx, *grads):
-    raise RuntimeError("grape: the gradient of the gradient is not implemented")
-
-
 _library.register("grape_frame_fwd", lambda x, *rest: _dense(x), _save_frame, _frame_backward)
 _library.register("grape_mixture_fwd", lambda x, *rest: _dense(x), _save_frame, _mixture_backward)
-_library.register(
-    "grape_frame_bwd", _bwd_fake, lambda ctx, inputs, output: None, _no_second_derivative
-)
+_library.register_backward("grape_frame_bwd", _bwd_fake, "grape")
 _library.register(
     "grape_skew_tridiagonal",
     lambda L: (L.new_empty(L.shape[0], L.shape[1] - 1), L.new_empty(L.shape)),

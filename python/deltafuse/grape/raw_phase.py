@@ -23,16 +23,11 @@ def _backward(ops, ctx, d_phi, _):
     return ops.grape_phase_bwd(d_phi, ctx.saved_tensors[0]).to(ctx.dtype), None, None
 
 
-def _no_second_derivative(ops, ctx, *grads):
-    raise RuntimeError("grape: the gradient of the gradient is not implemented")
-
-
 _library.register("grape_phase_fwd", _fwd_fake, _setup, _backward)
-_library.register(
+_library.register_backward(
     "grape_phase_bwd",
     lambda d_phi, cu_seqlens: d_phi.new_empty(d_phi.shape, dtype=torch.float64),
-    lambda ctx, inputs, output: None,
-    _no_second_derivative,
+    "grape",
 )
 
 

@@ -86,14 +86,8 @@ def _like_table(grad, table):
     return grad.to(table.dtype)
 
 
-def _no_second_derivative(ops, ctx, *grads):
-    raise RuntimeError("grape: the gradient of the gradient is not implemented")
-
-
 _library.register("grape_rotary_fwd", _fwd_fake, _setup, _backward)
-_library.register(
-    "grape_rotary_bwd", _bwd_fake, lambda ctx, inputs, output: None, _no_second_derivative
-)
+_library.register_backward("grape_rotary_bwd", _bwd_fake, "grape")
 _library.register("grape_rotary_out", lambda *args: None)
 _library.not_on_cuda(torch.float64, "grape_rotary_fwd", "grape_rotary_out")
 
