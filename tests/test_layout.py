@@ -111,3 +111,16 @@ def test_no_commented_out_code(path):
 def test_nothing_unfinished(path):
     if path != Path(__file__):
         assert not re.search(r"\b(TODO|FIXME|XXX|HACK)\b(?!.*https?:)", path.read_text())
+
+
+def test_headers_define_a_function_once():
+    """Two inline functions of one signature are one symbol: the linker keeps either."""
+    found = {}
+    for path in (p for p in SOURCES if p.suffix == ".h"):
+        for match in re.finditer(
+            r"^inline [\w:<>*& ]+?(\w+)\(([^)]*)\) (?:const )?\{", path.read_text(), re.M
+        ):
+            types = tuple(re.sub(r"\s*\w+$", "", a.strip()) for a in match[2].split(","))
+            found.setdefault((match[1], types), []).append(name(path))
+    assert len(found) > 100
+    assert not {key: paths for key, paths in found.items() if len(paths) > 1}
