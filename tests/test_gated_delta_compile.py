@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from deltafuse import _library
-from deltafuse.gated_delta import chunk_gated_delta_rule, naive_recurrent_gated_delta_rule
+from deltafuse.gated_delta import chunk_gated_delta_rule, naive_recurrent_gated_delta_rule, ops
 from deltafuse.testing import assert_close
 from gated_delta_cases import CASES, FUSED, Case, exactly, make, offsets, outputs_and_gradients
 
@@ -26,7 +26,7 @@ def raw_arguments(case, fused, v_first):
         state = state.detach().mT.contiguous().requires_grad_()
     tensors = [x[name] for name in ("q", "k", "v", "g", "beta")]
     tensors += [state, *(x.get(name) for name in ("cu_seqlens", "A_log", "dt_bias"))]
-    return *tensors, 0.3, fused, 2.0 if fused else 0.0, v_first, 64
+    return *tensors, 0.3, fused, 2.0 if fused else 0.0, v_first, 64, fused, 0, False
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
@@ -37,13 +37,13 @@ def test_opcheck_forward(name, grad):
         args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
     op = _library.kernel("gated_delta_fwd", args[0]).default
     for output_final_state in (False, True):
-        torch.library.opcheck(op, (*args, output_final_state, False))
+        torch.library.opcheck(op, (*args, output_final_state, ops.NOTHING))
 
 
 def test_opcheck_forward_that_saves():
     args = raw_arguments(Case(B=2, T=128, K=16, V=32), True, False)  # without padding, unspecified
     op = _library.kernel("gated_delta_fwd", args[0]).default
-    torch.library.opcheck(op, (*args, True, True))
+    torch.library.opcheck(op, (*args, True, ops.STATES))
 
 
 @pytest.mark.parametrize("name", OPCHECK_CASES)
@@ -51,7 +51,7 @@ def test_opcheck_backward(name):
     args = raw_arguments(*OPCHECK_CASES[name])
     args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
     op = _library.kernel("gated_delta_fwd", args[0])
-    o, ht, saved = op(*args, True, True)
+    o, ht, saved = op(*args, True, ops.STATES)
     bwd = _library.kernel("gated_delta_bwd", args[0]).default
     for d_state, of_forward in ((None, saved), (torch.randn_like(ht), None)):
         torch.library.opcheck(bwd, (torch.randn_like(o), d_state, of_forward, *args))

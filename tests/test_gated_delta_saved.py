@@ -60,7 +60,7 @@ def test_what_is_kept(monkeypatch):
     assert saved_bytes(x, save_states=True) == 2 * 2 * 4 * bytes_of_chunk
     assert saved_bytes(x, save_states=False) == 0
     assert saved_bytes(x) == saved_bytes(x, save_states=True)
-    monkeypatch.setattr(ops, "_MOST_SAVED", 16 * bytes_of_chunk - 1)
+    monkeypatch.setattr(ops, "_HOST_MEMORY", 64 * (16 * bytes_of_chunk - 1))
     assert saved_bytes(x) == 0
     monkeypatch.undo()
     with torch.no_grad():

@@ -87,13 +87,12 @@ Tensor saved_by_forward(const Tensor& q, const ChunkInputs& in, int64_t sequence
   return empty(q, {slots, in.shape.HV, SavedLayout(in.shape).elements()}, compute_type(q));
 }
 
-std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& q, const Tensor& k, const Tensor& v,
-                                       const Tensor& g, const Tensor& beta,
-                                       const OptTensor& initial_state, const OptTensor& cu_seqlens,
-                                       const OptTensor& A_log, const OptTensor& dt_bias,
-                                       double scale, bool l2norm, double sigmoid_scale,
-                                       bool state_v_first, int64_t chunk_size,
-                                       bool output_final_state, bool save) {
+std::tuple<Tensor, Tensor, Tensor> fwd(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta,
+    const OptTensor& initial_state, const OptTensor& cu_seqlens, const OptTensor& A_log,
+    const OptTensor& dt_bias, double scale, bool l2norm, double sigmoid_scale, bool state_v_first,
+    int64_t chunk_size, bool /*high_precision*/, int64_t /*split*/, bool /*batch_invariant*/,
+    bool output_final_state, int64_t saving) {
   const Inputs in = gather(q, k, v, g, beta, initial_state, cu_seqlens, A_log, dt_bias, chunk_size);
   const int64_t n = int64_t(in.sequences.size()), HV = v.size(2), K = q.size(3), V = v.size(3);
   const Tensor o = empty(q, {q.size(0), q.size(1), HV, V});
@@ -103,6 +102,7 @@ std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& q, const Tensor& k, const T
                                                  : empty(q, {n, HV, K, V}, type);
   zero_padding(o, in.covered);
   const ChunkInputs inputs = in.args(chunk_size, scale, l2norm, sigmoid_scale, state_v_first);
+  const bool save = saving == 2;  // the inverses alone would not help here
   const Tensor saved =
       save ? saved_by_forward(q, inputs, n, cu_seqlens.has_value()) : empty(q, {0}, type);
   const ChunkFwdArgs args{
@@ -123,7 +123,8 @@ Gradients bwd(const Tensor& d_o_, const OptTensor& d_final_state_, const OptTens
               const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
               const Tensor& beta, const OptTensor& initial_state, const OptTensor& cu_seqlens,
               const OptTensor& A_log, const OptTensor& dt_bias, double scale, bool l2norm,
-              double sigmoid_scale, bool state_v_first, int64_t chunk_size) {
+              double sigmoid_scale, bool state_v_first, int64_t chunk_size, bool /*high_precision*/,
+              int64_t /*split*/, bool /*batch_invariant*/) {
   const Inputs in = gather(q, k, v, g, beta, initial_state, cu_seqlens, A_log, dt_bias, chunk_size);
   const Tensor d_o = unit_last_stride(d_o_);
   const OptTensor d_final_state = readable_state(d_final_state_, q);

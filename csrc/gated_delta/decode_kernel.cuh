@@ -23,6 +23,7 @@
 #include "common/cuda/math.cuh"
 #include "common/cuda/reduce.cuh"
 #include "gated_delta/decode.h"
+#include "gated_delta/input.cuh"
 
 namespace df::cuda {
 template <class State_, bool kVFirst_, int kTileK_, int kVec_>
@@ -56,14 +57,6 @@ struct DecodeRow {  // what a CTA works on
   int64_t b, h, read, write;
   int v0, tile;
 };
-
-__device__ inline int64_t offset(const Input& x, int64_t b, int64_t t, int64_t h) {
-  return b * x.b + t * x.t + h * x.h;
-}
-template <class Source>  // Input or Dense
-__device__ inline float load_any(const Source& x, int64_t i) {
-  return load_any(x.data, x.dtype, i);
-}
 
 __device__ inline int64_t decode_slot(const void* indices, bool is64, int64_t b, int64_t pool) {
   const int64_t slot = !indices ? b

@@ -3,17 +3,20 @@
 DF_SCHEMAS(m) {
   // sigmoid_scale: 0 = beta is given, else beta = sigmoid_scale * sigmoid(beta)
   // A_log given: g is the pre-activation a, g = -exp(A_log) softplus(a + dt_bias)
-  // saved: what the backward else computes again; empty unless asked for
+  // high_precision, split (1 always, 0 if it pays, -1 never), batch_invariant: of CUDA kernels
+  // save: 0 nothing, 1 the inverses T' only, 2 all that the backward else computes again
   m.def(
       "gated_delta_fwd(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_state,"
       " Tensor? cu_seqlens, Tensor? A_log, Tensor? dt_bias, float scale, bool l2norm,"
-      " float sigmoid_scale, bool state_v_first, int chunk_size, bool output_final_state,"
-      " bool save) -> (Tensor o, Tensor final_state, Tensor saved)");
+      " float sigmoid_scale, bool state_v_first, int chunk_size, bool high_precision, int split,"
+      " bool batch_invariant, bool output_final_state, int save)"
+      " -> (Tensor o, Tensor final_state, Tensor saved)");
   m.def(
       "gated_delta_bwd(Tensor d_o, Tensor? d_final_state, Tensor? saved, Tensor q, Tensor k,"
       " Tensor v, Tensor g, Tensor beta, Tensor? initial_state, Tensor? cu_seqlens, Tensor? A_log, "
       "Tensor? dt_bias,"
-      " float scale, bool l2norm, float sigmoid_scale, bool state_v_first, int chunk_size)"
+      " float scale, bool l2norm, float sigmoid_scale, bool state_v_first, int chunk_size,"
+      " bool high_precision, int split, bool batch_invariant)"
       " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dbeta, Tensor d_initial_state,"
       " Tensor dA_log, Tensor ddt_bias)");
   // per token; gk [B,T,HV,K] and gv [B,T,HV,V] decay channels, beta may be [B,T,HV,V]

@@ -22,13 +22,12 @@ from .validation import (
 )
 
 OP = "chunk_gated_delta_rule"
-# bytes of one call's saved states: a stack of thirty such layers takes half of the memory
-_MOST_SAVED = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 64
+_HOST_MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 _debug = os.environ.get("DELTAFUSE_DEBUG", "0") not in ("", "0")
 
 
 class Call(NamedTuple):
-    """The raw operator's arguments but its last two, output_final_state and save; see csrc."""
+    """The raw operators' arguments, the forward's without output_final_state and save; see csrc."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -44,17 +43,46 @@ class Call(NamedTuple):
     sigmoid_scale: float
     state_v_first: bool
     chunk_size: int
+    high_precision: bool
+    split: int
+    batch_invariant: bool
 
 
-def _saved_shape(call):
-    """What the forward leaves to the backward: S^T, E and T' of each chunk, padded to 16."""
-    K, V, C = (-(-n // 16) * 16 for n in (call.q.shape[3], call.v.shape[3], call.chunk_size))
+NOTHING, INVERSES, STATES = range(3)  # what the forward saves
+
+
+def _saved(call, save):
+    """Shape and dtype of what the forward leaves to the backward, a chunk and value head.
+
+    CPU: S^T, E and T', padded to 16, or nothing. CUDA: T' (of 16 bits: as the sum of two) and,
+    if asked for, S^T, padded to 64; chunks have 64 tokens, or 32 in float32.
+    """
+    K, V = call.q.shape[3], call.v.shape[3]
+    if _library.runs_cuda(call.q):
+        dtype, C = call.q.dtype, cuda_chunk(call.q.dtype)
+        inverse = C * C if dtype == torch.float32 else 2 * C * C
+        elements = inverse + (_pad(K, 64) * _pad(V, 64) if save == STATES else 0)
+    else:
+        dtype, C = reference.compute_dtype(call.q), call.chunk_size
+        elements = _pad(K, 16) * _pad(V, 16) + C * _pad(V, 16) + _pad(C, 16) ** 2
+        save = save if save == STATES else NOTHING
+    return (_slots(call, C), call.v.shape[2], elements) if save else (0,), dtype
+
+
+def cuda_chunk(dtype):
+    """Tokens of a chunk of the CUDA kernels."""
+    return 32 if dtype == torch.float32 else 64
+
+
+def _pad(n, to):
+    return -(-n // to) * to
+
+
+def _slots(call, C):
     B, T = call.q.shape[:2]
     if call.cu_seqlens is None:
-        slots = B * -(-T // call.chunk_size)
-    else:
-        slots = T // call.chunk_size + call.cu_seqlens.shape[0] - 1
-    return slots, call.v.shape[2], K * V + call.chunk_size * V + C * C
+        return B * -(-T // C)
+    return T // C + call.cu_seqlens.shape[0] - 1
 
 
 def _fwd_fake(*args):
@@ -67,7 +95,8 @@ def _fwd_fake(*args):
     state = call.q.new_empty(
         shape if output_final_state else (0,), dtype=reference.compute_dtype(call.q)
     )
-    saved = call.q.new_empty(_saved_shape(call) if save else (0,), dtype=state.dtype)
+    shape, dtype = _saved(call, save)
+    saved = call.q.new_empty(shape, dtype=dtype)
     return call.v.new_empty(call.v.shape), state, saved
 
 
@@ -132,14 +161,23 @@ def _warn(message, category=UserWarning):
 
 
 def _saves(call, save_states):
-    """Whether the forward keeps states for a backward; "auto": while they take little memory."""
+    """What the forward keeps for a backward; "auto": states, too, while they take little memory."""
     tensors = (t for t in call if isinstance(t, torch.Tensor))
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
-        return False
-    if save_states != "auto":
-        return save_states
-    size = reference.compute_dtype(call.q).itemsize
-    return math.prod(_saved_shape(call)) * size <= _MOST_SAVED
+        return NOTHING
+    if save_states == "auto":
+        shape, dtype = _saved(call, STATES)
+        save_states = math.prod(shape) * dtype.itemsize <= _most_saved(call.q.device)
+    if save_states:
+        return STATES
+    return INVERSES if _library.runs_cuda(call.q) else NOTHING
+
+
+def _most_saved(device):
+    """Bytes of one call's saved states: a stack of thirty such layers takes half of the memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 64
+    return _HOST_MEMORY // 64
 
 
 def _run(save_states, call, output_final_state):
@@ -216,15 +254,18 @@ def chunk_gated_delta_rule(
         output_state: receives the final states, in its dtype, and is returned; not differentiable.
         state_indices: [N] int32 or int64; initial_state and output_state are pools [P, ...] of
             which sequence n uses row state_indices[n]; -1 starts from zero and writes nothing.
-        auto_cp: True runs each sequence as up to 8 segments side by side, which is exact; False
-            forbids it; None decides, on the CPU against it (heads fill the cores).
-        save_states: True keeps, for the backward, the state that enters each chunk and two small
-            matrices (4 (K V + C V + C C) bytes a chunk of C tokens and value head in float32);
-            False computes them again there, a quarter more work; "auto" keeps them while a call's
-            take at most 1/64 of the machine's memory. The gradients are the same, bit for bit.
-        batch_invariant, precision (None, "fast", "high"): choices of CUDA kernels. The CPU kernel
-            is always batch invariant and deterministic, and computes in float32 (float64 for
-            float64).
+        auto_cp: True runs each sequence as segments side by side, which is exact; False forbids
+            it; None decides: on the CPU against it (heads fill the cores).
+        save_states: True keeps, for the backward, the state that enters each chunk (and, on the
+            CPU, two small matrices: 4 (K V + C V + C C) bytes a chunk of C tokens and value head
+            in float32); False computes them again there, a quarter more work; "auto" keeps them
+            while a call's take at most 1/64 of the device's memory. The gradients are the same,
+            bit for bit.
+        batch_invariant: True makes CUDA results independent of what else is in the batch, bit for
+            bit; those of the CPU always are.
+        precision: of 16-bit inputs on CUDA: "fast" keeps the chunk's inverse as a sum of two
+            16-bit numbers, "high" also its other small operands; None is "high" with
+            allow_neg_eigval. The CPU computes in float32 (float64 for float64).
         chunk_indices, enable_fwd_cp_cache: accepted and without effect.
 
     Returns:
@@ -251,9 +292,12 @@ def chunk_gated_delta_rule(
     scale = q.shape[3] ** -0.5 if scale is None else scale
     tensors = (q, k, v, g, beta, state, cu_seqlens, A_log, dt_bias)
     options = (scale, use_qk_l2norm_in_kernel, sigmoid_scale, state_v_first, chunk_size)
-    call, want_state = Call(*tensors, *options), output_final_state or output_state is not None
+    high = allow_neg_eigval if precision is None else precision == "high"
+    split = {None: 0, True: 1, False: -1}[auto_cp]
+    call = Call(*tensors, *options, high, split, bool(batch_invariant))
+    want_state = output_final_state or output_state is not None
     run = functools.partial(_run, save_states)
-    if auto_cp:
+    if auto_cp and not _library.runs_cuda(q):  # the CUDA kernels split by themselves
         o, final_state = segments.run_split(run, call, want_state, cu_seqlens_cpu)
     else:
         o, final_state = run(call, want_state)

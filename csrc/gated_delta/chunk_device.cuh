@@ -1,0 +1,197 @@
+// What all CUDA kernels of the chunk form do around their products: from a block to a chunk of a
+// sequence, the table of a chunk's tokens, the norms of rows.
+#pragma once
+#include "common/cuda/math.cuh"
+#include "common/cuda/reduce.cuh"
+#include "common/cuda/tile.cuh"
+#include "gated_delta/chunk_cuda.h"
+#include "gated_delta/input.cuh"
+
+namespace df::cuda {
+struct Span {  // a sequence: tokens [begin, end) of row `batch`; the slot of its first chunk
+  int64_t batch, begin, end, slot;
+};
+
+// Offsets are taken as they are on the device: whatever they hold, no token outside [0, T) is read.
+__device__ inline int64_t token_offset(const ChunkCuda& p, int64_t n) {
+  const int64_t at = p.cu64 ? static_cast<const int64_t*>(p.cu_seqlens)[n]
+                            : static_cast<const int32_t*>(p.cu_seqlens)[n];
+  return at < 0 ? 0 : at < p.shape.T ? at : p.shape.T;
+}
+__device__ inline Span sequence_span(const ChunkCuda& p, int64_t n) {
+  const int64_t T = p.shape.T, C = p.shape.C;
+  if (!p.cu_seqlens) return {n, 0, T, n * ((T + C - 1) / C)};
+  const int64_t begin = token_offset(p, n), end = token_offset(p, n + 1);
+  return {0, begin, end < begin ? begin : end, begin / C + n};
+}
+
+struct ChunkPlace {
+  Span sequence;
+  int64_t n, chunk;  // of the sequence; first token begin + chunk C
+  int rows;          // tokens of it; 0: the slot is empty
+};
+__device__ inline ChunkPlace chunk_place(const ChunkCuda& p, int64_t slot) {
+  const int64_t C = p.shape.C;
+  int64_t n = 0;
+  if (!p.cu_seqlens) {
+    n = slot / ((p.shape.T + C - 1) / C);
+  } else {  // the last sequence whose first slot is not behind this one
+    int64_t behind = p.N;
+    while (behind - n > 1) {
+      const int64_t middle = (n + behind) / 2;
+      (token_offset(p, middle) / C + middle <= slot ? n : behind) = middle;
+    }
+  }
+  const Span s = sequence_span(p, n);
+  const int64_t chunk = slot - s.slot, left = s.end - s.begin - chunk * C;
+  return {s, n, chunk, int(left < 0 ? 0 : left < C ? left : C)};
+}
+
+struct HeadGate {  // g = rate softplus(a + bias) if fused, else as given
+  bool fused;
+  float rate, bias;
+};
+__device__ inline HeadGate head_gate(const PreActivation& pre, int64_t head) {
+  if (!pre.A_log.data) return {false, 0, 0};
+  return {true, -expf(load_any(pre.A_log, head)),
+          pre.dt_bias.data ? load_any(pre.dt_bias, head) : 0};
+}
+constexpr float kMinGate = -88;  // -inf means a reset, NaN stays NaN
+
+// 2^x, to 2 ulp; 0 for x below -126.
+__device__ inline float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// The tokens of one chunk and value head, in shared memory. G, the running sum of g from the start
+// of the chunk, is kept times log2(e) as a sum of two floats: differences of two are right to 2^-24
+// of themselves, however large G is. Tokens behind `rows`: g = 0 and beta = 0, so that G is
+// constant.
+template <int kC>
+struct TokenTable {
+  float2 G[kC];
+  float gam[kC], del[kC];  // e^{G_i}, e^{G_C - G_i}
+  float beta[kC];
+  float chunk_decay;     // e^{G_C}
+  float rq[kC], rk[kC];  // 1 / |q|, 1 / |k|, or 1; filled by row_norms
+
+  // e^{G_i - G_j}
+  __device__ float decay(int i, int j) const {
+    return exp2_fast((G[i].x - G[j].x) + (G[i].y - G[j].y));
+  }
+};
+
+struct Token {
+  float raw, g, beta;  // the argument g; that after the gate, not clamped; beta after the sigmoid
+};
+__device__ inline Token load_token(const ChunkCuda& p, const HeadGate& gate, int64_t batch,
+                                   int64_t token, int64_t head) {
+  Token x;
+  x.raw = load_any(p.g, offset(p.g, batch, token, head));
+  x.g = gate.fused ? gate.rate * softplus(x.raw + gate.bias) : x.raw;
+  x.beta = load_any(p.beta, offset(p.beta, batch, token, head));
+  if (p.pre.sigmoid_scale > 0) x.beta = float(p.pre.sigmoid_scale) * sigmoid(x.beta);
+  return x;
+}
+
+// By one whole warp; a barrier has to follow. `first` is the chunk's first token.
+template <int kC>
+__device__ inline void load_tokens(const ChunkCuda& p, int64_t batch, int64_t first, int rows,
+                                   int64_t head, TokenTable<kC>& table) {
+  constexpr double kLog2e = 1.4426950408889634;
+  const int lane = threadIdx.x % 32;
+  const HeadGate gate = head_gate(p.pre, head);
+  double sums[kC / 32], before = 0;
+#pragma unroll
+  for (int part = 0; part < kC / 32; ++part) {
+    const int i = part * 32 + lane;
+    Token x{0, 0, 0};
+    if (i < rows) x = load_token(p, gate, batch, first + i, head);
+    table.beta[i] = x.beta;
+    double sum = x.g < kMinGate ? kMinGate : x.g;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const double other = __shfl_up_sync(0xffffffffu, sum, step);
+      if (lane >= step) sum += other;
+    }
+    sums[part] = before + sum;
+    before = __shfl_sync(0xffffffffu, sums[part], 31);
+  }
+#pragma unroll
+  for (int part = 0; part < kC / 32; ++part) {
+    const int i = part * 32 + lane;
+    const double G = sums[part] * kLog2e;
+    const float high = float(G);
+    table.G[i] = {high, float(G - high)};
+    table.gam[i] = exp2_fast(float(G));
+    table.del[i] = exp2_fast(float(before * kLog2e - G));
+  }
+  if (lane == 0) table.chunk_decay = exp2_fast(float(before * kLog2e));
+}
+
+// r[i] = (sum over row i of x^2 + 1e-6)^-1/2 of a tile, two lanes a row; by kThreads threads, which
+// are numbered from 0 by `thread`. All ones if not l2norm.
+template <int kThreads, class T>
+__device__ inline void row_norms(const T& tile, bool l2norm, int thread, float* r) {
+  using E = typename T::E;
+  constexpr int kUnit = 16 / int(sizeof(E));
+  for (int i = thread / 2; i < T::kRows; i += kThreads / 2) {
+    float sum = 0;
+    for (int col = thread % 2 * kUnit; l2norm && col < T::kCols; col += 2 * kUnit) {
+      uint4 x;
+      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                   : "r"(tile.at(i, col))
+                   : "memory");
+      const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+      for (uint32_t word : words) {
+        if constexpr (sizeof(E) == 2) {
+          const float2 y = unpack<E>(word);
+          sum += y.x * y.x + y.y * y.y;
+        } else {
+          sum += __uint_as_float(word) * __uint_as_float(word);
+        }
+      }
+    }
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    if (thread % 2 == 0) r[i] = l2norm ? 1.0f / sqrtf(sum + 1e-6f) : 1.0f;
+  }
+}
+
+// A tile from rows of a tensor, by all threads of the CTA that take part (numbered from 0): whole
+// 16 bytes by cp.async where kVectors (rows and base on multiples of 16 bytes, cols whole units),
+// else element by element. Rows from `rows` on and columns from `cols` on become zero. The caller
+// waits for the copies.
+template <bool kVectors, int kThreads, class T>
+__device__ inline void load_tile(const T& tile, const typename T::E* from, int64_t stride, int rows,
+                                 int cols, int thread) {
+  using E = typename T::E;
+  constexpr int kUnit = 16 / int(sizeof(E)), kUnits = T::kCols / kUnit;
+  static_assert(T::kRows * kUnits % kThreads == 0);
+#pragma unroll 4
+  for (int i = thread; i < T::kRows * kUnits; i += kThreads) {
+    const int row = i / kUnits, col = i % kUnits * kUnit;
+    if constexpr (kVectors) {
+      const bool inside = row < rows && col < cols;
+      cp_async16(tile.at(row, col), inside ? from + row * stride + col : from, inside ? 16 : 0);
+    } else {
+      uint32_t words[4] = {};
+#pragma unroll
+      for (int e = 0; e < kUnit; ++e) {
+        if (row >= rows || col + e >= cols) continue;
+        const E x = from[row * stride + col + e];
+        if constexpr (sizeof(E) == 2)
+          words[e / 2] |= uint32_t(x.bits) << e % 2 * 16;
+        else
+          words[e] = __float_as_uint(x);
+      }
+      asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(tile.at(row, col)),
+                   "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+                   : "memory");
+    }
+  }
+}
+}  // namespace df::cuda
