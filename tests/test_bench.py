@@ -16,6 +16,7 @@ from deltafuse import _library
 from deltafuse.bench import REGISTRY, Case, environment, main, results, table, timing
 from deltafuse.bench.gated_delta import TRANSFORMERS
 from deltafuse.bench.measure import COMPILED, measure
+from deltafuse.bench.registry import meant_for
 
 BENCH = Path(__file__).parent.parent / "bench"
 
@@ -50,6 +51,30 @@ def test_counts_of_the_measured_sizes():
     training = (166.6 + 393.2 + 81.9) * 1e3
     assert REGISTRY["gated_delta_fwd_bwd"].flops(chunk) / tokens == pytest.approx(training, 1e-3)
     assert REGISTRY["mars"].bytes(mars) == 36 * 124_439_808, "GPT-2 small has 124.4 M parameters"
+
+
+def test_counts_of_the_published_gpu_sizes():
+    """Rows A, B and the backward of B of gated_delta.md 4.1 (which rounds B up to 161 GFLOP)."""
+    forward, backward = REGISTRY["gated_delta_prefill"], REGISTRY["gated_delta_backward"]
+    A, B = ({"H": 16, "HV": HV, "N": 1, "T": 32768, "first": 0} for HV in (64, 32))
+    assert A in forward.shapes and B in forward.shapes and B in backward.shapes
+    assert forward.flops(A) == pytest.approx(298e9, rel=2e-3)
+    assert forward.bytes(A) == pytest.approx(1.36e9, rel=2e-3)
+    assert forward.flops(B) == pytest.approx(157.5e9, rel=2e-3)
+    assert forward.bytes(B) == pytest.approx(0.81e9, rel=1e-2)
+    assert backward.flops(B) == pytest.approx(498e9, rel=2e-3)
+    second_half_of_pairs = 2 * 64 * 32768 * 32
+    assert backward.bytes(B) - second_half_of_pairs == pytest.approx(2.57e9, rel=1e-2)
+
+
+def test_goal_is_judged_by_the_median():
+    entry = REGISTRY["gated_delta_prefill"]
+    assert entry.goal(entry.shapes[0]) == 1e-3 and entry.goal(entry.tiny) is None
+    row = measure("gated_delta_prefill", entry, entry.tiny, rounds=1)
+    assert "goal" not in row and "goal" not in table.text(row)
+    for goal, word in ((1e3, "met"), (1e-9, "missed")):
+        changed = row | {"goal": goal, "threads": None}
+        assert table.text(changed).endswith(f"goal: {table.duration(goal)}, {word}")
 
 
 def fake(check, kernel="gated_delta_fwd"):
@@ -120,6 +145,7 @@ def test_json_file_keeps_other_rows_and_replaces_measured_ones(tmp_path, capsys)
         (["no_such_op"], "unknown operator 'no_such_op'"),
         ([], "name operators"),
         (["mars", "--all"], "--all takes no names"),
+        (["gated_delta_prefill"], "gated_delta_prefill is measured with --device cuda"),
         (["mars", "--threads", "0"], "argument --threads"),
         (["mars", "--repeat", "x"], "argument --repeat"),
         (["mars", "--device", "tpu"], "argument --device"),
@@ -164,7 +190,8 @@ def test_file_name_is_of_the_device():
 @pytest.mark.parametrize("path", sorted((BENCH / "results").glob("*.json")), ids=lambda p: p.name)
 def test_published_measurements_are_of_correct_kernels(path):
     rows = results.read(path)
-    assert {row["op"] for row in rows} == set(REGISTRY)
+    device = "cpu" if rows[0]["isa"] else "cuda"
+    assert {row["op"] for row in rows} == set(meant_for(device))
     for row in rows:
         assert row["correct"]["ok"] and "ratios" in row, row["op"]
         assert row["git"] and not row["git"].endswith("-dirty")

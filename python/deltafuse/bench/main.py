@@ -10,7 +10,7 @@ from ..cli import Parser, number
 from ..train.errors import describe
 from . import results, table
 from .measure import COMPILED, measure
-from .registry import REGISTRY
+from .registry import REGISTRY, meant_for
 
 
 def make_parser():
@@ -41,11 +41,16 @@ def chosen(args, parser):
         parser.error(f"unknown operator {unknown[0]!r}, there are: {', '.join(REGISTRY)}")
     if bool(args.ops) == args.all:
         parser.error("name operators, or give --all" if not args.all else "--all takes no names")
+    elsewhere = [name for name in args.ops if args.device not in REGISTRY[name].devices]
+    if elsewhere:
+        parser.error(
+            f"{elsewhere[0]} is measured with --device {REGISTRY[elsewhere[0]].devices[0]}"
+        )
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no GPU here")
     if args.device == "cuda" and args.threads:
         parser.error("--threads is for the CPU")
-    return list(REGISTRY) if args.all else args.ops
+    return meant_for(args.device) if args.all else args.ops
 
 
 def earlier(args, parser):

@@ -60,6 +60,9 @@ def measure(name, benchmark, shape, device="cpu", threads=1, rounds=None, compil
         "seconds": {key: asdict(sample) for key, sample in samples.items()},
         "targets": [list(target) for target in benchmark.targets],
     }
+    goal = benchmark.goal(shape)
+    if goal is not None:
+        row["goal"] = goal
     if correct["ok"] and row["backend"] != "reference":
         ours = samples[OURS]
         row["ratios"] = {

@@ -1,10 +1,11 @@
 """All benchmarks by name. A new operator adds its module's entries here."""
 
-from . import ddl, gated_delta, grape, grape_frame, layer, mars, model
+from . import ddl, gated_delta, gated_delta_gpu, grape, grape_frame, layer, mars, model
 from .case import Benchmark, Case
 
 REGISTRY = {
     **gated_delta.ENTRIES,
+    **gated_delta_gpu.ENTRIES,
     **layer.ENTRIES,
     **mars.ENTRIES,
     **ddl.ENTRIES,
@@ -12,4 +13,9 @@ REGISTRY = {
     **grape_frame.ENTRIES,
     **model.ENTRIES,
 }
-__all__ = ["REGISTRY", "Benchmark", "Case"]
+__all__ = ["REGISTRY", "Benchmark", "Case", "meant_for"]
+
+
+def meant_for(device):
+    """The names of the benchmarks for "cpu" or "cuda"."""
+    return [name for name, benchmark in REGISTRY.items() if device in benchmark.devices]

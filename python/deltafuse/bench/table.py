@@ -46,8 +46,16 @@ def verdict(row):
     if row["backend"] == "reference":
         return "no ratios: no compiled kernel in use, ours is the reference itself"
     if row["threads"] in (2, None):
-        return "; ".join(compared(row, *target) for target in row["targets"]) or None
+        notes = [compared(row, *target) for target in row["targets"]]
+        return "; ".join(notes + reached(row)) or None
     return None
+
+
+def reached(row):
+    if "goal" not in row:
+        return []
+    met = "met" if row["seconds"]["ours"]["median"] <= row["goal"] else "missed"
+    return [f"goal: {duration(row['goal'])}, {met}"]
 
 
 def compared(row, name, factor):
