@@ -2,10 +2,11 @@
 
     python bench/gated_delta_error.py
 
-Writes docs/ops/gated_delta_error.png. Gates are uniform in (-s, 0). The left picture has the relative
-errors of outputs and gradients against the float64 recurrence; the right one that of sum g dg, what
-A_log receives, beside the shorter form of dg (Euler's identity), from the same kernel's dq and dv.
-With an emulated build (`make emulated`) the CUDA kernels' bfloat16 errors are drawn, too.
+Writes docs/ops/gated_delta_error.png. Gates are uniform in (-s, 0). The left picture has the
+relative errors of outputs and gradients against the float64 recurrence; the right one that of
+sum g dg, what A_log receives, beside the shorter form of dg (Euler's identity), from the same
+kernel's dq and dv. With an emulated build (`make emulated`) the bfloat16 errors of the CUDA kernels
+are drawn, too.
 """
 
 import contextlib
