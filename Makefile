@@ -34,7 +34,7 @@ bench: $(VENV)/test-tools
 lint: $(VENV)/lint-tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(BIN)/clang-format -n -Werror
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*.cu' | xargs $(BIN)/clang-format -n -Werror
 	$(BIN)/python -m pytest -q --noconftest tests/test_layout.py
 
 wheel: $(VENV)/torch

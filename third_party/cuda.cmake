@@ -63,6 +63,19 @@ else()
     set_target_properties(${library} PROPERTIES LIBRARY_OUTPUT_DIRECTORY ${emulated}
                           BUILD_WITH_INSTALL_RPATH ON INSTALL_RPATH "$ORIGIN")
     deltafuse_link_cuda(${library} ${cudart} df_cuda_sm${arch})
+    # a program that tests common/cuda by itself
+    set(program tile_products_sm${arch})
+    add_executable(${program} tests/cpp/tile_products.cu)
+    set_target_properties(${program} PROPERTIES CUDA_ARCHITECTURES ${arch}-virtual
+                          RUNTIME_OUTPUT_DIRECTORY ${emulated} CUDA_RUNTIME_LIBRARY None
+                          LINKER_LANGUAGE CXX BUILD_WITH_INSTALL_RPATH ON INSTALL_RPATH "$ORIGIN")
+    target_compile_options(${program} PRIVATE --expt-relaxed-constexpr -no-compress -cudart=shared)
+    if(arch STREQUAL "90a")
+      target_compile_definitions(${program} PRIVATE TEST_SM90)
+    endif()
+    add_dependencies(${program} cuemu)
+    deltafuse_link_cuda(${program} ${cudart})
+    add_dependencies(emulated ${program})
   endforeach()
 endif()
 
