@@ -50,6 +50,15 @@ BAD = {
     "packed_batch": ({"cu_seqlens": offsets((2, 3))}, ["cu_seqlens", "B = 1", "(2, 5, 2, 6)"]),
     "offsets_dtype": ({"cu_seqlens": zeros(3)}, ["cu_seqlens", "int32", "torch.float32"]),
     "offsets_shape": ({"cu_seqlens": offsets((2, 3)).view(1, 3)}, ["[N + 1]", "(1, 3)"]),
+    "no_offsets": ({"cu_seqlens": torch.zeros(0, dtype=torch.int64)}, ["cu_seqlens", "(0,)"]),
+    "indices_dtype": (
+        {"initial_state": zeros(9, 4, 6, 8), "state_indices": zeros(2)},
+        ["state_indices", "int32", "torch.float32"],
+    ),
+    "indices_beyond_the_pool": (
+        {"initial_state": zeros(9, 4, 6, 8), "state_indices": torch.tensor([0, 9])},
+        ["state_indices", "9", "[0, 9]"],
+    ),
     "no_A_log": ({"use_gate_in_kernel": True}, ["A_log"]),
     "A_log_shape": (
         {"use_gate_in_kernel": True, "A_log": zeros(2)},
@@ -141,10 +150,31 @@ def test_debug_mode_looks_at_values(monkeypatch):
         chunk_gated_delta_rule(**{**x, "g": g})
 
 
-def test_bad_offsets_do_not_reach_other_memory():
+@pytest.mark.parametrize("bounds", [[0, 6, 4], [0, 4, 11], [1, 4, 6], [0, -1, 6]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_bad_offsets_on_the_cpu_are_named_before_any_launch(nothing_runs, bounds, dtype):
     x = make(Case(T=10, lengths=(4, 6)))
+    with pytest.raises(ValueError, match=r"cu_seqlens must rise from 0 .* T = 10, got") as error:
+        chunk_gated_delta_rule(**{**x, "cu_seqlens": torch.tensor(bounds, dtype=dtype)})
+    assert str(bounds) in str(error.value)
+
+
+def test_bad_offsets_do_not_reach_other_memory():
+    """The operator checks by itself what the function before it may not look at."""
+    x = {name: t.detach() for name, t in make(Case(T=10, lengths=(4, 6))).items()}
+    x["cu_seqlens"] = torch.tensor([0, 4, 1000])
+    call = ops.Call(
+        **x,
+        A_log=None,
+        dt_bias=None,
+        scale=1.0,
+        l2norm=False,
+        sigmoid_scale=0.0,
+        state_v_first=False,
+        chunk_size=64,
+    )
     with pytest.raises(RuntimeError, match="cu_seqlens"):
-        chunk_gated_delta_rule(**{**x, "cu_seqlens": torch.tensor([0, 4, 1000])})
+        torch.ops.deltafuse.gated_delta_fwd(*call, True, False)
 
 
 def test_exported_names():
