@@ -113,7 +113,7 @@ def test_keywords_of_other_interfaces():
         chunk_gated_delta_rule(**x, head_first=False)
     with pytest.raises(TypeError, match="cu_seqlen"):
         chunk_gated_delta_rule(**x, cu_seqlen=None)
-    with pytest.raises(NotImplementedError, match="cp_context"):
+    with pytest.raises(TypeError, match="cp_context must be a ContextParallel"):
         chunk_gated_delta_rule(**x, cp_context=object())
     x["initial_state"] = x["initial_state"].mT
     with pytest.warns(DeprecationWarning, match="state_v_first"):

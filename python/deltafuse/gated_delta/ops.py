@@ -10,6 +10,7 @@ import torch
 
 from .. import _library
 from . import reference, segments
+from .context_parallel import offsets_of, run_parallel
 from .validation import (
     MAX_HEAD,
     check_gate,
@@ -212,6 +213,9 @@ def chunk_gated_delta_rule(
         cu_seqlens: offsets [N + 1] of sequences packed along T, int32 or int64, B = 1. Sequences
             may be empty; tokens after the last offset give o = 0 and zero gradients.
             cu_seqlens_cpu, its copy on the host, saves auto_cp=True a wait for the device.
+        cp_context: `ContextParallel`: the sequences are spread over the processes of a group, all
+            of which make the call; cu_seqlens is the context's, states are those of this span's
+            sequences (the initial state of one that began earlier is not read).
         chunk_size: 16, 32 or 64; it changes speed and rounding only.
         output_state: receives the final states, in its dtype, and is returned; not differentiable.
         state_indices: [N] int32 or int64; initial_state and output_state are pools [P, ...] of
@@ -233,11 +237,11 @@ def chunk_gated_delta_rule(
 
     Raises:
         ValueError: shapes, dtypes or options that do not fit together, named in the message.
-        TypeError: unknown keywords, tensors that are not floating point.
-        NotImplementedError: cp_context (several devices).
+        TypeError: unknown keywords, tensors that are not floating point, another cp_context.
     """
     state_v_first = _legacy_layout(state_v_first, legacy)
-    check_options(OP, chunk_size, save_states, precision, auto_cp, cp_context)
+    check_options(OP, chunk_size, save_states, precision, auto_cp)
+    cu_seqlens = offsets_of(OP, cp_context, cu_seqlens, auto_cp)
     q, k, v = autocast(q, k, v)
     check_inputs(OP, q, k, v, g, beta)
     check_gate(OP, v, use_gate_in_kernel, A_log, dt_bias)
@@ -253,7 +257,9 @@ def chunk_gated_delta_rule(
     options = (scale, use_qk_l2norm_in_kernel, sigmoid_scale, state_v_first, chunk_size)
     call, want_state = Call(*tensors, *options), output_final_state or output_state is not None
     run = functools.partial(_run, save_states)
-    if auto_cp:
+    if cp_context is not None:
+        o, final_state = run_parallel(OP, run, call, want_state, cp_context)
+    elif auto_cp:
         o, final_state = segments.run_split(run, call, want_state, cu_seqlens_cpu)
     else:
         o, final_state = run(call, want_state)

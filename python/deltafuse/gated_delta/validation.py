@@ -109,10 +109,8 @@ def check_states(op, q, v, N, initial_state, output_state, state_indices, state_
         _checks.fail(op, f"state_indices must be below P = {P}, got {state_indices.tolist()}")
 
 
-def check_options(op, chunk_size, save_states, precision, auto_cp, cp_context):
+def check_options(op, chunk_size, save_states, precision, auto_cp):
     """The options of the chunk form that are a choice among a few values."""
-    if cp_context is not None:
-        raise NotImplementedError(f"{op}: cp_context (sequences over several devices)")
     for name, value, choices in (
         ("chunk_size", chunk_size, (16, 32, 64)),
         ("save_states", save_states, ("auto", True, False)),
