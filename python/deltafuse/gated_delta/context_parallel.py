@@ -163,8 +163,8 @@ def _maps_of_rule(link, run, call):
 
 
 @torch.compiler.disable
-def conv_parallel(x, weight, bias, context):
-    """`causal_conv1d` with SiLU of this process's span x [B, T, D], continued over the ranks.
+def conv_parallel(x, weight, bias, context, activation="silu"):
+    """`causal_conv1d` of this process's span x [B, T, D], continued over the ranks.
 
     The state, the last W - 1 inputs [W - 1, D], is linear as well: a span of T tokens shifts it by
     T and writes its own last inputs below.
@@ -178,7 +178,7 @@ def conv_parallel(x, weight, bias, context):
         if entering is not None:
             state = link.with_entering(entering, None, N).mT
         y, final = causal_conv1d(
-            x, weight, *(bias or (None,)), state, context.cu_seqlens, "silu", True
+            x, weight, *(bias or (None,)), state, context.cu_seqlens, activation, True
         )
         return y, final.mT
 

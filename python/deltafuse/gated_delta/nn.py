@@ -60,16 +60,27 @@ class ShortConvolution(nn.Module):
 
 
 class GatedRMSNorm(nn.Module):
-    """RMS norm over the last dimension, then a SiLU gate if there is one; see `gated_rms_norm`."""
+    """RMS norm over the last dimension, then a gate if there is one; see `gated_rms_norm`.
 
-    def __init__(self, dim, eps=1e-5):
+    activation: of the gate, "silu" (or "swish", the same) in one pass with the norm, or "sigmoid",
+    a second pass.
+    """
+
+    def __init__(self, dim, eps=1e-5, activation="silu"):
         super().__init__()
+        if activation not in ("silu", "swish", "sigmoid"):
+            raise ValueError(f"activation must be 'silu', 'swish' or 'sigmoid', got {activation!r}")
         self.eps = eps
+        self.activation = activation
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x, gate=None):
         """x, gate [..., dim] -> [..., dim] in the dtype of x."""
-        return gated_rms_norm(x, self.weight, gate, self.eps)
+        if gate is None or self.activation != "sigmoid":
+            return gated_rms_norm(x, self.weight, gate, self.eps)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y = gated_rms_norm(x.to(wide), self.weight, None, self.eps)
+        return (y * gate.to(wide).sigmoid()).to(x.dtype)
 
     def extra_repr(self):
         return f"{self.weight.shape[0]}, eps={self.eps}"
@@ -125,6 +136,7 @@ class GatedDeltaNet(nn.Module):
         conv_size, conv_bias: of the convolutions.
         layer_idx: the layer's key in a cache.
         norm_eps: of the output norm.
+        output_gate_activation: "swish", its other name "silu", or "sigmoid".
 
     Raises:
         ValueError: sizes that do not fit, unknown mode.
@@ -145,6 +157,7 @@ class GatedDeltaNet(nn.Module):
         conv_bias=False,
         layer_idx=None,
         norm_eps=1e-5,
+        output_gate_activation="swish",
     ):
         super().__init__()
         num_v_heads = num_heads if num_v_heads is None else num_v_heads
@@ -170,7 +183,7 @@ class GatedDeltaNet(nn.Module):
             self.k_conv1d = ShortConvolution(key_dim, conv_size, conv_bias)
             self.v_conv1d = ShortConvolution(value_dim, conv_size, conv_bias)
         self.g_proj = nn.Linear(hidden_size, value_dim, bias=False) if use_gate else None
-        self.o_norm = GatedRMSNorm(self.head_v_dim, norm_eps)
+        self.o_norm = GatedRMSNorm(self.head_v_dim, norm_eps, output_gate_activation)
         self.o_proj = nn.Linear(value_dim, hidden_size, bias=False)
         self.reset_gate()
 
@@ -188,8 +201,8 @@ class GatedDeltaNet(nn.Module):
         attention_mask=None,
         past_key_values=None,
         use_cache=False,
-        cu_seqlens=None,
         output_attentions=False,
+        cu_seqlens=None,
         cp_context=None,
     ):
         """Mixes tokens; continues from the cache's states and updates them if use_cache.
@@ -200,8 +213,8 @@ class GatedDeltaNet(nn.Module):
                 columns count. Padding gives 0 and does not touch a state.
             past_key_values: `GatedDeltaNetCache`, or an object with the same `update`, `[]` and
                 `len`; None with use_cache makes one.
-            cu_seqlens: offsets [N + 1] of sequences packed along T, B = 1; a state then has N rows.
             output_attentions: there are none; only False.
+            cu_seqlens: offsets [N + 1] of sequences packed along T, B = 1; a state then has N rows.
             cp_context: `ContextParallel`: hidden_states is this process's span of the sequences,
                 whose convolution and state continue over the ranks; without mask and cache.
 
