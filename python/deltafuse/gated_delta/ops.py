@@ -265,7 +265,7 @@ def chunk_gated_delta_rule(
         o, final_state = run(call, want_state)
     if output_state is None:
         return o, final_state
-    _write_states(output_state, state_indices, final_state)
+    write_states(output_state, state_indices, final_state)
     return o, output_state
 
 
@@ -314,7 +314,7 @@ def _read_states(state, indices, dtype):
     return state.to(dtype)
 
 
-def _write_states(output, indices, final):
+def write_states(output, indices, final):
     """output[indices] = final but for indices of -1, which is known on the device only.
 
     A row to skip writes what the first other row writes, to the same place, or, if all are to be
