@@ -35,6 +35,11 @@ class Link(NamedTuple):
         return self.before and self.after and (self.offsets is None or len(self.offsets) == 2)
 
     @property
+    def rows(self):
+        """Where the states that leave stand among the final states of all sequences."""
+        return slice(None) if self.offsets is None else slice(-1, None)
+
+    @property
     def last(self):
         """Tokens of the sequences that leave."""
         return slice(None) if self.offsets is None else slice(*self.offsets[-2:])
@@ -48,33 +53,44 @@ class Link(NamedTuple):
         return torch.cat((entering, initial[1:]))
 
 
-def run_chained(link, local, maps, *tensors):
+def run_chained(link, local, maps, blank, *tensors):
     """local(S, *tensors) with the S that enters this span (None if nothing does).
 
     Args:
         link: `Link`.
-        local: returns (o, S_out [N, ..., n, m]), differentiable; its last rows leave the span.
-        maps: [R, ..., n, n + m], M beside H of the R rows that leave; anything if none does.
+        local: returns (o, S_out [N, ..., n, m]), differentiable.
+        maps: returns [R, ..., n, n + m], M beside H of the R rows that leave. Asked where states
+            enter as well as leave; where none enters, local comes first and S_out is H.
+        blank: zeros of that shape.
         tensors: what is differentiated.
     """
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return _Chained.apply(link, local, maps, *tensors)
-    return local(_entering(link, _all_gather(maps, link.group)), *tensors)
+        return _Chained.apply(link, local, maps, blank, *tensors)
+    return _forward(link, local, maps, blank, tensors, graph=False)[2]
+
+
+def _forward(link, local, maps, blank, tensors, graph):
+    """(maps of all ranks, S that enters or None, what local returns)."""
+    if link.before:
+        gathered = _all_gather(maps() if link.after else blank, link.group)
+        entering = _entering(link, gathered).requires_grad_(graph)
+        return gathered, entering, local(entering, *tensors)
+    outputs = local(None, *tensors)
+    if link.after:
+        M = blank[..., : blank.shape[-2]]
+        blank = torch.cat((M, outputs[1].detach()[link.rows]), -1)
+    return _all_gather(blank, link.group), None, outputs
 
 
 class _Chained(torch.autograd.Function):
     """Keeps the graph of `local` for a backward that goes through it once or twice."""
 
     @staticmethod
-    def forward(ctx, link, local, maps, *tensors):
-        maps = _all_gather(maps, link.group)
-        entering = _entering(link, maps)
+    def forward(ctx, link, local, maps, blank, *tensors):
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
-            if entering is not None:
-                entering.requires_grad_()
-            outputs = local(entering, *leaves)
-        ctx.link, ctx.maps, ctx.graph = link, maps, (entering, leaves, outputs)
+            gathered, entering, outputs = _forward(link, local, maps, blank, leaves, graph=True)
+        ctx.link, ctx.maps, ctx.graph = link, gathered, (entering, leaves, outputs)
         return tuple(t.detach() for t in outputs)
 
     @staticmethod
@@ -96,12 +112,12 @@ class _Chained(torch.autograd.Function):
         adjoints = _all_gather(adjoint, link.group)
         if link.after:
             d_out = d_out.clone()
-            d_out[-maps.shape[1] :] += _adjoint_of_leaving(link, maps, adjoints)
+            d_out[link.rows] += _adjoint_of_leaving(link, maps, adjoints)
         if link.after or grads is None:
             grads = pull(wanted, keep=False)
         grads = iter(grads)
-        needed = ctx.needs_input_grad[3:]
-        return None, None, None, *(next(grads) if need else None for need in needed)
+        needed = ctx.needs_input_grad[4:]
+        return None, None, None, None, *(next(grads) if need else None for need in needed)
 
 
 def _all_gather(tensor, group):

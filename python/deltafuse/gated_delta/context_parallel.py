@@ -4,6 +4,7 @@
 the spans exactly (chained.py), with one all-gather in the forward and one in the backward.
 """
 
+import functools
 from bisect import bisect_right
 
 import torch
@@ -138,27 +139,26 @@ def run_parallel(op, run, call, output_final_state, context):
         initial = link.with_entering(entering, part.initial_state, N)
         return run(part._replace(initial_state=initial), True)
 
-    with torch.no_grad():
-        maps = _maps_of_rule(link, run, call)
-    o, final = run_chained(link, local, maps, *(getattr(call, name) for name in names))
+    HV, V, K = *call.v.shape[2:], call.q.shape[3]
+    R = call.q.shape[0]  # 1 for packed sequences
+    blank = call.q.new_zeros(R, HV, K, K + V, dtype=compute_dtype(call.q))
+    maps = functools.partial(_maps_of_rule, link, run, call)
+    o, final = run_chained(link, local, maps, blank, *(getattr(call, name) for name in names))
     if not output_final_state:
         return o, None
     return o, final.mT.contiguous() if v_first else final
 
 
+@torch.no_grad()
 def _maps_of_rule(link, run, call):
     """[R, HV, K, K + V]: M beside H of the rows that leave this span."""
-    K, (HV, V) = call.q.shape[3], call.v.shape[2:]
-    R = call.q.shape[0]  # 1 for packed sequences
-    like = call.q.new_empty(0, dtype=compute_dtype(call.q))
-    if not link.after:
-        return like.new_zeros(R, HV, K, K + V)
+    R = call.q.shape[0]
     parts = {name: getattr(call, name)[:, link.last] for name in ("q", "k", "v", "g", "beta")}
     state = call.initial_state
     state = None if state is None or link.through else state[-R:]
     call = call._replace(**parts, cu_seqlens=None, initial_state=state)
     H = run(call, True)[1]
-    M = transition(run, call, R) if link.through else like.new_zeros(R, HV, K, K)
+    M = transition(run, call, R) if link.through else H.new_zeros(*H.shape[:3], H.shape[2])
     return torch.cat((M, H), -1)
 
 
@@ -182,19 +182,18 @@ def conv_parallel(x, weight, bias, context, activation="silu"):
         )
         return y, final.mT
 
-    with torch.no_grad():
-        maps = _maps_of_conv(link, x, weight.shape[1] - 1)
+    R, _, D = x.shape
+    size = weight.shape[1] - 1
+    maps = functools.partial(_maps_of_conv, link, x, size)
     tensors = (x, weight) if bias is None else (x, weight, bias)
-    return run_chained(link, local, maps, *tensors)[0]
+    return run_chained(link, local, maps, x.new_zeros(R, size, size + D), *tensors)[0]
 
 
+@torch.no_grad()
 def _maps_of_conv(link, x, size):
     """[R, size, size + D]: the shift beside the last inputs, zeros above them."""
-    R, _, D = x.shape
-    if not link.after:
-        return x.new_zeros(R, size, size + D)
     tail = x[:, link.last]
     kept = min(tail.shape[1], size)
     H = F.pad(tail[:, tail.shape[1] - kept :], (0, 0, size - kept, 0))
     M = F.pad(torch.eye(size - kept, dtype=x.dtype, device=x.device), (kept, 0, 0, kept))
-    return torch.cat((M.expand(R, size, size), H), -1)
+    return torch.cat((M.expand(x.shape[0], size, size), H), -1)
