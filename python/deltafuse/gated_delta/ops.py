@@ -239,7 +239,7 @@ def chunk_gated_delta_rule(
         ValueError: shapes, dtypes or options that do not fit together, named in the message.
         TypeError: unknown keywords, tensors that are not floating point, another cp_context.
     """
-    state_v_first = _legacy_layout(state_v_first, legacy)
+    state_v_first = legacy_layout(OP, state_v_first, legacy)
     check_options(OP, chunk_size, save_states, precision, auto_cp)
     cu_seqlens = offsets_of(OP, cp_context, cu_seqlens, auto_cp)
     q, k, v = autocast(q, k, v)
@@ -272,17 +272,17 @@ def chunk_gated_delta_rule(
 chunk_gdn = chunk_gated_delta_rule
 
 
-def _legacy_layout(state_v_first, legacy):
+def legacy_layout(op, state_v_first, legacy):
     """state_v_first after the keywords of older interfaces; TypeError for any other keyword."""
     if "head_first" in legacy:
         raise TypeError(
-            f"{OP}: head_first is not supported, transpose the inputs to [B, T, H, K] instead"
+            f"{op}: head_first is not supported, transpose the inputs to [B, T, H, K] instead"
         )
     if "transpose_state_layout" in legacy:
-        _warn(f"{OP}: transpose_state_layout is now state_v_first", DeprecationWarning)
+        _warn(f"{op}: transpose_state_layout is now state_v_first", DeprecationWarning)
         state_v_first = state_v_first or legacy.pop("transpose_state_layout")
     if legacy:
-        raise TypeError(f"{OP}: unexpected keyword arguments {sorted(legacy)}")
+        raise TypeError(f"{op}: unexpected keyword arguments {sorted(legacy)}")
     return state_v_first
 
 
