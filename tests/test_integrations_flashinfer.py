@@ -1,10 +1,7 @@
 """The adapters with the arguments of flashinfer: prefill with a linear decay, decode, verify."""
 
 import ast
-import importlib.util
 import inspect
-import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +14,7 @@ from deltafuse.gated_delta import (
 from deltafuse.integrations import flashinfer
 from deltafuse.integrations.flashinfer import chunk_gated_delta_rule
 from deltafuse.testing import assert_close
+from flashinfer_package import package
 from gated_delta_cases import Case, make
 from layer_cases import normal
 
@@ -165,11 +163,7 @@ def test_names_order_and_defaults(name):
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_the_table_is_what_the_package_has(name):
     """flashinfer's own source begins with the same arguments; read, not imported."""
-    folder = os.environ.get("DELTAFUSE_TEST_FLASHINFER")
-    spec = None if folder else importlib.util.find_spec("flashinfer")
-    if folder is None and spec is None:
-        pytest.skip("no flashinfer (DELTAFUSE_TEST_FLASHINFER names a folder with it)")
-    root = Path(folder) / "flashinfer" if folder else Path(spec.origin).parent
+    root = package()
     file, expected, keywords = SIGNATURES[name]
     body = ast.parse((root / file).read_text()).body
     arguments = next(node for node in body if getattr(node, "name", None) == name).args
