@@ -9,6 +9,7 @@ import torch
 import torch.multiprocessing as mp
 import torch.utils.checkpoint
 
+from deltafuse import _library
 from deltafuse.gated_delta import (
     ContextParallel,
     GatedDeltaNet,
@@ -31,6 +32,7 @@ class Spread(NamedTuple):
     bounds: tuple
     options: dict = {}
     hard: bool = False  # long keys and no decay: nothing fades away
+    backend: str = "native"
 
 
 BARE = {}
@@ -51,6 +53,9 @@ THREE = {
     "through, no decay": Spread(Case(T=150, lengths=(150,)), (0, 50, 100, 150), hard=True),
     "batch": Spread(Case(B=2, T=100), (0, 30, 30, 100)),
     "empty span between tokens": Spread(Case(T=90, lengths=(60, 30)), (0, 40, 40, 90)),
+    "empty span, reference": Spread(
+        Case(T=90, lengths=(60, 30)), (0, 40, 40, 90), backend="reference"
+    ),
     "span without sequences": Spread(Case(T=90, lengths=(40, 50)), (0, 40, 40, 90)),
     "only padding at the end": Spread(Case(T=90, lengths=(50,)), (0, 30, 60, 90)),
 }
@@ -139,7 +144,8 @@ def run_spans(rank, port, world, results):
     for name, spread in (TWO if world == 2 else THREE).items():
         for dtype_name, dtype in DTYPES.items():
             counts.clear()
-            results[name, dtype_name, rank] = run_span(spread, dtype, rank)
+            with _library.use(spread.backend):
+                results[name, dtype_name, rank] = run_span(spread, dtype, rank)
             results["collectives", name, dtype_name, rank] = list(counts)
     torch.distributed.destroy_process_group()
 
@@ -205,6 +211,9 @@ LAYERS = {
 }
 
 
+REFERENCE = ("bias, no gate",)
+
+
 def layer_and_input(name):
     lengths, bounds, options = LAYERS[name]
     torch.manual_seed(0)
@@ -221,8 +230,9 @@ def run_layers(rank, port, world, results):
         context = ContextParallel(cu_seqlens, bounds=bounds)
         span = slice(*bounds[rank : rank + 2])
         x = x[:, span].clone().requires_grad_()
-        o, _, _ = layer(x, cp_context=context)
-        o.backward(d_o[:, span])
+        with _library.use("reference" if name in REFERENCE else "native"):
+            o, _, _ = layer(x, cp_context=context)
+            o.backward(d_o[:, span])
         with torch.no_grad():
             layer.eval()
             inference = layer(x, cp_context=context)[0]

@@ -100,24 +100,30 @@ class _Chained(torch.autograd.Function):
         entering, leaves, outputs = ctx.graph
         wanted = [t for t in leaves if t.requires_grad]
 
-        def pull(inputs, keep):
-            return torch.autograd.grad(
-                outputs, inputs, (d_o, d_out), retain_graph=keep, allow_unused=True
-            )
-
-        n = maps.shape[-2]
-        adjoint, grads = maps.new_zeros(*maps.shape[1:-1], maps.shape[-1] - n), None
+        adjoint, grads = torch.zeros_like(maps[0, ..., maps.shape[-2] :]), None
         if entering is not None:
-            adjoint, *grads = pull([entering, *wanted], keep=link.after > 0)
+            adjoint, *grads = _pull(outputs, (d_o, d_out), [entering, *wanted], link.after > 0)
         adjoints = _all_gather(adjoint, link.group)
         if link.after:
             d_out = d_out.clone()
             d_out[link.rows] += _adjoint_of_leaving(link, maps, adjoints)
         if link.after or grads is None:
-            grads = pull(wanted, keep=False)
+            grads = _pull(outputs, (d_o, d_out), wanted, keep=False)
         grads = iter(grads)
         needed = ctx.needs_input_grad[4:]
         return None, None, None, None, *(next(grads) if need else None for need in needed)
+
+
+def _pull(outputs, grads, inputs, keep):
+    """Gradients of the inputs, zeros where no output depends on one (an empty span).
+
+    Not None: the collectives of an earlier backward wait for all ranks.
+    """
+    pairs = [pair for pair in zip(outputs, grads, strict=True) if pair[0].requires_grad]
+    if not pairs:
+        return [torch.zeros_like(t) for t in inputs]
+    outputs, grads = zip(*pairs, strict=True)
+    return torch.autograd.grad(outputs, inputs, grads, retain_graph=keep, materialize_grads=True)
 
 
 def _all_gather(tensor, group):
