@@ -17,6 +17,7 @@ from deltafuse.gated_delta import (
     naive_recurrent_gated_delta_rule,
     segments,
 )
+from deltafuse.integrations import fla
 from deltafuse.testing import assert_close
 from gated_delta_cases import FUSED, Case, exactly, limit_of, make, offsets
 
@@ -280,6 +281,17 @@ def test_one_process_is_the_plain_call(alone, threads):
     plain = chunk_gated_delta_rule(**x, cu_seqlens=context.cu_seqlens, output_final_state=True)
     assert torch.equal(o, plain[0]) and torch.equal(ht, plain[1])
     assert chunk_gated_delta_rule(**x, cp_context=context)[1] is None
+
+
+def test_convolution_by_its_name_in_the_integration(alone):
+    x, weight, cu_seqlens = torch.randn(1, 9, 5), torch.randn(5, 4), offsets((3, 6))
+    context = ContextParallel(cu_seqlens)
+    for activation in ("swish", None):
+        y, state = fla.causal_conv1d(x, weight, activation=activation, cp_context=context)
+        plain = fla.causal_conv1d(x, weight, activation=activation, cu_seqlens=cu_seqlens)
+        assert state is None and torch.equal(y, plain[0])
+    module = fla.ShortConvolution(5, 4, bias=True)
+    assert torch.equal(module(x, cp_context=context)[0], module(x, cu_seqlens=cu_seqlens)[0])
 
 
 def test_within_a_checkpoint(alone):

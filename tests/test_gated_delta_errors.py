@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import deltafuse
 from deltafuse.gated_delta import chunk_gated_delta_rule, ops
@@ -157,6 +158,14 @@ def test_bad_offsets_on_the_cpu_are_named_before_any_launch(nothing_runs, bounds
     with pytest.raises(ValueError, match=r"cu_seqlens must rise from 0 .* T = 10, got") as error:
         chunk_gated_delta_rule(**{**x, "cu_seqlens": torch.tensor(bounds, dtype=dtype)})
     assert str(bounds) in str(error.value)
+
+
+def test_fake_tensors_have_no_values_to_check():
+    x = make(Case(T=10, lengths=(4, 6)))
+    with FakeTensorMode() as mode:
+        fake = {name: mode.from_tensor(t) for name, t in x.items()}
+        o, ht = chunk_gated_delta_rule(**fake, output_final_state=True)
+    assert o.shape == (1, 10, 2, 20) and ht.shape == (2, 2, 16, 20)
 
 
 def test_bad_offsets_do_not_reach_other_memory():
