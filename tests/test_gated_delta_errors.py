@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import deltafuse
 from deltafuse.gated_delta import chunk_gated_delta_rule, ops
@@ -50,6 +51,15 @@ BAD = {
     "packed_batch": ({"cu_seqlens": offsets((2, 3))}, ["cu_seqlens", "B = 1", "(2, 5, 2, 6)"]),
     "offsets_dtype": ({"cu_seqlens": zeros(3)}, ["cu_seqlens", "int32", "torch.float32"]),
     "offsets_shape": ({"cu_seqlens": offsets((2, 3)).view(1, 3)}, ["[N + 1]", "(1, 3)"]),
+    "no_offsets": ({"cu_seqlens": torch.zeros(0, dtype=torch.int64)}, ["cu_seqlens", "(0,)"]),
+    "indices_dtype": (
+        {"initial_state": zeros(9, 4, 6, 8), "state_indices": zeros(2)},
+        ["state_indices", "int32", "torch.float32"],
+    ),
+    "indices_beyond_the_pool": (
+        {"initial_state": zeros(9, 4, 6, 8), "state_indices": torch.tensor([0, 9])},
+        ["state_indices", "9", "[0, 9]"],
+    ),
     "no_A_log": ({"use_gate_in_kernel": True}, ["A_log"]),
     "A_log_shape": (
         {"use_gate_in_kernel": True, "A_log": zeros(2)},
@@ -104,7 +114,7 @@ def test_keywords_of_other_interfaces():
         chunk_gated_delta_rule(**x, head_first=False)
     with pytest.raises(TypeError, match="cu_seqlen"):
         chunk_gated_delta_rule(**x, cu_seqlen=None)
-    with pytest.raises(NotImplementedError, match="cp_context"):
+    with pytest.raises(TypeError, match="cp_context must be a ContextParallel"):
         chunk_gated_delta_rule(**x, cp_context=object())
     x["initial_state"] = x["initial_state"].mT
     with pytest.warns(DeprecationWarning, match="state_v_first"):
@@ -141,10 +151,39 @@ def test_debug_mode_looks_at_values(monkeypatch):
         chunk_gated_delta_rule(**{**x, "g": g})
 
 
-def test_bad_offsets_do_not_reach_other_memory():
+@pytest.mark.parametrize("bounds", [[0, 6, 4], [0, 4, 11], [1, 4, 6], [0, -1, 6]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_bad_offsets_on_the_cpu_are_named_before_any_launch(nothing_runs, bounds, dtype):
     x = make(Case(T=10, lengths=(4, 6)))
+    with pytest.raises(ValueError, match=r"cu_seqlens must rise from 0 .* T = 10, got") as error:
+        chunk_gated_delta_rule(**{**x, "cu_seqlens": torch.tensor(bounds, dtype=dtype)})
+    assert str(bounds) in str(error.value)
+
+
+def test_fake_tensors_have_no_values_to_check():
+    x = make(Case(T=10, lengths=(4, 6)))
+    with FakeTensorMode() as mode:
+        fake = {name: mode.from_tensor(t) for name, t in x.items()}
+        o, ht = chunk_gated_delta_rule(**fake, output_final_state=True)
+    assert o.shape == (1, 10, 2, 20) and ht.shape == (2, 2, 16, 20)
+
+
+def test_bad_offsets_do_not_reach_other_memory():
+    """The operator checks by itself what the function before it may not look at."""
+    x = {name: t.detach() for name, t in make(Case(T=10, lengths=(4, 6))).items()}
+    x["cu_seqlens"] = torch.tensor([0, 4, 1000])
+    call = ops.Call(
+        **x,
+        A_log=None,
+        dt_bias=None,
+        scale=1.0,
+        l2norm=False,
+        sigmoid_scale=0.0,
+        state_v_first=False,
+        chunk_size=64,
+    )
     with pytest.raises(RuntimeError, match="cu_seqlens"):
-        chunk_gated_delta_rule(**{**x, "cu_seqlens": torch.tensor([0, 4, 1000])})
+        torch.ops.deltafuse.gated_delta_fwd(*call, True, False)
 
 
 def test_exported_names():

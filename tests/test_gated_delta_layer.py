@@ -34,6 +34,7 @@ VARIANTS = {
     "negative_eigenvalues": {"allow_neg_eigval": True},
     "bias_and_three_taps": {"conv_bias": True, "conv_size": 3},
     "recurrent": {"mode": "fused_recurrent"},
+    "sigmoid_gate": {"output_gate_activation": "sigmoid"},
 }
 
 
@@ -54,6 +55,50 @@ def test_loads_a_checkpoint_with_its_names():
     layer = make()
     layer.load_state_dict({name: normal(*shape) for name, shape in CHECKPOINT.items()}, strict=True)
     assert torch.equal(layer.q_conv1d.weight, normal(24, 1, 4))
+
+
+# what changes in CHECKPOINT with an option; None: there is no such parameter
+OTHER_CHECKPOINTS = {
+    "use_gate": (False, {"g_proj.weight": None}),
+    "use_short_conv": (False, {f"{name}_conv1d.weight": None for name in "qkv"}),
+    "conv_bias": (
+        True,
+        {"q_conv1d.bias": (24,), "k_conv1d.bias": (24,), "v_conv1d.bias": (96,)},
+    ),
+    "conv_size": (
+        3,
+        {f"{name}_conv1d.weight": (n, 1, 3) for name, n in zip("qkv", (24, 24, 96), strict=True)},
+    ),
+    "expand_v": (
+        1,
+        {
+            **{f"{name}_proj.weight": (48, 40) for name in "vg"},
+            **{"o_proj.weight": (40, 48), "v_conv1d.weight": (48, 1, 4), "o_norm.weight": (12,)},
+        },
+    ),
+    "num_v_heads": (
+        None,  # as many as num_heads
+        {
+            **{f"{name}_proj.weight": (48, 40) for name in "vg"},
+            **{f"{name}_proj.weight": (2, 40) for name in "ab"},
+            **{"o_proj.weight": (40, 48), "v_conv1d.weight": (48, 1, 4)},
+            **{"A_log": (2,), "dt_bias": (2,)},
+        },
+    ),
+    "allow_neg_eigval": (True, {}),
+    "output_gate_activation": ("sigmoid", {}),
+}
+
+
+@pytest.mark.parametrize("option", OTHER_CHECKPOINTS)
+def test_loads_checkpoints_of_other_options(option):
+    """The names and shapes of flash-linear-attention 0.6.0's layer, no more and no fewer."""
+    value, changed = OTHER_CHECKPOINTS[option]
+    shapes = {n: shape for n, shape in {**CHECKPOINT, **changed}.items() if shape is not None}
+    layer = make(**{option: value})
+    layer.load_state_dict({name: normal(*shape) for name, shape in shapes.items()}, strict=True)
+    assert torch.equal(layer.o_norm.weight, normal(*shapes["o_norm.weight"]))
+    assert layer(normal(1, 9, 40))[0].isfinite().all()
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -228,6 +273,7 @@ def test_small_modules():
         ({"mode": "parallel"}, "mode must be 'chunk' or 'fused_recurrent', got 'parallel'"),
         ({"conv_size": 9}, "conv_size"),
         ({"head_dim": 0}, "positive"),
+        ({"output_gate_activation": "relu"}, "activation must be 'silu', 'swish' or 'sigmoid'"),
     ],
 )
 def test_bad_config(options, message):

@@ -1,5 +1,8 @@
 """Chunked gated delta rule: memory layouts, determinism, what is allocated, who gets a gradient."""
 
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -186,6 +189,37 @@ def test_inference_allocates_only_its_outputs():
         o, ht = chunk_gated_delta_rule(**x, output_final_state=True)
     allocated = sum(max(e.self_cpu_memory_usage, 0) for e in profile.key_averages())
     assert allocated <= 4 * (o.numel() + ht.numel()) + 256
+
+
+PEAK = """
+import torch
+from deltafuse import chunk_gated_delta_rule
+
+def memory(name):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+def inputs(T):
+    q, k = torch.rand(2, 1, T, 8, 128)
+    return q, k, torch.rand(1, T, 8, 128), -torch.rand(1, T, 8), torch.rand(1, T, 8)
+
+x, options = inputs(8192), {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
+chunk_gated_delta_rule(*inputs(64), **options)
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts again
+before = memory("VmRSS")
+o, ht = chunk_gated_delta_rule(*x, **options)
+print(memory("VmHWM") - before, 4 * (o.numel() + ht.numel()))
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no /proc")
+def test_inference_needs_little_memory_beside_its_outputs():
+    """The resident peak of a fresh process, the scratch that the profiler cannot see included."""
+    command = [sys.executable, "-c", PEAK]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    peak, outputs = (int(number) for number in done.stdout.split())
+    assert outputs <= peak + 2**20  # it did count
+    assert peak <= outputs + 16 * 2**20
 
 
 def test_training_saves_only_its_inputs():

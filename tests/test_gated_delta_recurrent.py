@@ -261,7 +261,7 @@ def test_offsets_beyond_the_tokens_are_an_error():
     for bounds in ((0, 68), (0, 50, 40), (3, 67)):
         x["cu_seqlens"] = torch.tensor(bounds)
         x["initial_state"] = torch.zeros(len(bounds) - 1, 2, 8, 12)
-        with pytest.raises(RuntimeError, match="cu_seqlens"):
+        with pytest.raises(ValueError, match=r"cu_seqlens must rise from 0 to at most T = 67"):
             fused_recurrent_gated_delta_rule(**x)
 
 

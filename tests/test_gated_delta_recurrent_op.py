@@ -141,3 +141,20 @@ def test_integers_are_a_type_error(name):
     x[name] = x[name].int()
     with pytest.raises(TypeError, match=f"{name} must be floating point"):
         fused_recurrent_gated_delta_rule(**x)
+
+
+def test_keywords_of_other_interfaces():
+    x = {name: t.detach() for name, t in make(Case(B=2, T=7, K=8, V=12)).items()}
+    expected, state = fused_recurrent_gated_delta_rule(**x, output_final_state=True)
+    with pytest.raises(
+        TypeError, match="fused_recurrent_gated_delta_rule: head_first .* transpose"
+    ):
+        fused_recurrent_gated_delta_rule(**x, head_first=True)
+    with pytest.raises(TypeError, match=r"unexpected keyword arguments \['chunk_size'\]"):
+        fused_recurrent_gated_delta_rule(**x, chunk_size=64)
+    x["initial_state"] = x["initial_state"].mT
+    with pytest.warns(DeprecationWarning, match="fused_recurrent.* state_v_first"):
+        o, v_first = fused_recurrent_gated_delta_rule(
+            **x, output_final_state=True, transpose_state_layout=True
+        )
+    assert torch.equal(o, expected) and torch.equal(v_first.mT, state)

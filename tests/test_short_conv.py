@@ -197,6 +197,11 @@ BAD = {
         ValueError,
         "cu_seqlens",
     ),
+    "offsets beyond T": (
+        lambda x, w, b, s: (x[:1], w, b, s[:1], torch.tensor([0, 7])),
+        ValueError,
+        r"cu_seqlens must rise from 0 to at most T = 6, got \[0, 7\]",
+    ),
     "relu": (lambda x, w, b, s: (x, w, b, s, None, "relu"), ValueError, "activation"),
     "integers": (lambda x, w, b, s: (x.int(), w, b, s), TypeError, "floating point"),
 }

@@ -52,3 +52,16 @@ def expect_offsets(op, x, cu_seqlens):
             f"and x {tuple(x.shape)}",
         )
     return cu_seqlens.shape[0] - 1
+
+
+def has_values(tensor):
+    """Whether the host may look: a CPU tensor, neither traced nor fake (a device would wait)."""
+    known = type(tensor) is torch.Tensor and not torch.compiler.is_compiling()
+    return known and tensor.device.type == "cpu"
+
+
+def expect_rising(op, cu_seqlens, T):
+    """Offsets that rise from 0 to at most T; waits for the device of cu_seqlens."""
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] > T or bounds != sorted(bounds):
+        fail(op, f"cu_seqlens must rise from 0 to at most T = {T}, got {bounds}")

@@ -50,6 +50,13 @@ def kernel(name, tensor):
     return None
 
 
+def has_kernel(name, tensor):
+    """Whether `kernel` would return an operator; says nothing to the user."""
+    if name in _not_on_cuda and runs_cuda(tensor) and tensor.dtype in _not_on_cuda[name]:
+        return False
+    return _backend != "reference" and (_current, name, tensor.device.type) in _kernels
+
+
 def _missing(name, device):
     message = f"deltafuse: no {device} kernel for {name} in this build, using the PyTorch reference"
     if _strict:

@@ -1,5 +1,6 @@
 """Gated delta rule (Gated DeltaNet): operators and their references."""
 
+from .context_parallel import ContextParallel
 from .nn import GatedDeltaNet, GatedDeltaNetCache, GatedRMSNorm, ShortConvolution
 from .ops import chunk_gated_delta_rule, chunk_gdn
 from .ops_decode import gated_delta_rule_decode
@@ -18,6 +19,7 @@ from .ops_recurrent import (
 from .reference import naive_chunk_gated_delta_rule, naive_recurrent_gated_delta_rule
 
 __all__ = [
+    "ContextParallel",
     "GatedDeltaNet",
     "GatedDeltaNetCache",
     "GatedRMSNorm",

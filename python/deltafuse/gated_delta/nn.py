@@ -3,6 +3,7 @@
 Parameters have the names that fla-org/flash-linear-attention gives them, so its checkpoints load.
 """
 
+import functools
 import math
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import _checks
+from .context_parallel import conv_parallel
 from .ops import chunk_gated_delta_rule
 from .ops_layer import MAX_CONV_WIDTH, causal_conv1d, causal_conv1d_update, gated_rms_norm
 from .ops_recurrent import fused_recurrent_gated_delta_rule
@@ -58,16 +60,27 @@ class ShortConvolution(nn.Module):
 
 
 class GatedRMSNorm(nn.Module):
-    """RMS norm over the last dimension, then a SiLU gate if there is one; see `gated_rms_norm`."""
+    """RMS norm over the last dimension, then a gate if there is one; see `gated_rms_norm`.
 
-    def __init__(self, dim, eps=1e-5):
+    activation: of the gate, "silu" (or "swish", the same) in one pass with the norm, or "sigmoid",
+    a second pass.
+    """
+
+    def __init__(self, dim, eps=1e-5, activation="silu"):
         super().__init__()
+        if activation not in ("silu", "swish", "sigmoid"):
+            raise ValueError(f"activation must be 'silu', 'swish' or 'sigmoid', got {activation!r}")
         self.eps = eps
+        self.activation = activation
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x, gate=None):
         """x, gate [..., dim] -> [..., dim] in the dtype of x."""
-        return gated_rms_norm(x, self.weight, gate, self.eps)
+        if gate is None or self.activation != "sigmoid":
+            return gated_rms_norm(x, self.weight, gate, self.eps)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y = gated_rms_norm(x.to(wide), self.weight, None, self.eps)
+        return (y * gate.to(wide).sigmoid()).to(x.dtype)
 
     def extra_repr(self):
         return f"{self.weight.shape[0]}, eps={self.eps}"
@@ -123,6 +136,7 @@ class GatedDeltaNet(nn.Module):
         conv_size, conv_bias: of the convolutions.
         layer_idx: the layer's key in a cache.
         norm_eps: of the output norm.
+        output_gate_activation: "swish", its other name "silu", or "sigmoid".
 
     Raises:
         ValueError: sizes that do not fit, unknown mode.
@@ -143,6 +157,7 @@ class GatedDeltaNet(nn.Module):
         conv_bias=False,
         layer_idx=None,
         norm_eps=1e-5,
+        output_gate_activation="swish",
     ):
         super().__init__()
         num_v_heads = num_heads if num_v_heads is None else num_v_heads
@@ -168,7 +183,7 @@ class GatedDeltaNet(nn.Module):
             self.k_conv1d = ShortConvolution(key_dim, conv_size, conv_bias)
             self.v_conv1d = ShortConvolution(value_dim, conv_size, conv_bias)
         self.g_proj = nn.Linear(hidden_size, value_dim, bias=False) if use_gate else None
-        self.o_norm = GatedRMSNorm(self.head_v_dim, norm_eps)
+        self.o_norm = GatedRMSNorm(self.head_v_dim, norm_eps, output_gate_activation)
         self.o_proj = nn.Linear(value_dim, hidden_size, bias=False)
         self.reset_gate()
 
@@ -186,8 +201,9 @@ class GatedDeltaNet(nn.Module):
         attention_mask=None,
         past_key_values=None,
         use_cache=False,
-        cu_seqlens=None,
         output_attentions=False,
+        cu_seqlens=None,
+        cp_context=None,
     ):
         """Mixes tokens; continues from the cache's states and updates them if use_cache.
 
@@ -197,14 +213,17 @@ class GatedDeltaNet(nn.Module):
                 columns count. Padding gives 0 and does not touch a state.
             past_key_values: `GatedDeltaNetCache`, or an object with the same `update`, `[]` and
                 `len`; None with use_cache makes one.
-            cu_seqlens: offsets [N + 1] of sequences packed along T, B = 1; a state then has N rows.
             output_attentions: there are none; only False.
+            cu_seqlens: offsets [N + 1] of sequences packed along T, B = 1; a state then has N rows.
+            cp_context: `ContextParallel`: hidden_states is this process's span of the sequences,
+                whose convolution and state continue over the ranks; without mask and cache.
 
         Returns:
             (output [B, T, hidden_size], None, past_key_values).
 
         Raises:
-            ValueError: shapes that do not fit, mask together with cu_seqlens, no layer_idx.
+            ValueError: shapes that do not fit, mask together with cu_seqlens, no layer_idx,
+                cp_context together with a mask or a cache.
         """
         _checks.expect_dim("GatedDeltaNet", "hidden_states", hidden_states, 3, "[B, T, hidden]")
         if hidden_states.shape[2] != self.hidden_size or output_attentions:
@@ -215,6 +234,10 @@ class GatedDeltaNet(nn.Module):
             )
         B, T, _ = hidden_states.shape
         tokens = None
+        if cp_context is not None:
+            if attention_mask is not None or past_key_values is not None or use_cache:
+                _checks.fail("GatedDeltaNet", "cp_context excludes attention_mask and caches")
+            return self._mix(hidden_states, None, False, None, T, cp_context)[0], None, None
         if attention_mask is not None:
             hidden_states, cu_seqlens, tokens = _unpad(hidden_states, attention_mask, cu_seqlens)
         if use_cache and past_key_values is None:
@@ -241,15 +264,20 @@ class GatedDeltaNet(nn.Module):
         )
         return cache[self.layer_idx] if known else None
 
-    def _mix(self, x, past, use_cache, cu_seqlens, T):
+    def _mix(self, x, past, use_cache, cu_seqlens, T, cp_context=None):
         """(output, new states) for x [B, T, hidden], or packed [1, total, hidden]."""
         conv_states = None if past is None else past["conv_state"]
-        q, k, v, conv_states = self._convolved(x, conv_states, use_cache, cu_seqlens)
+        if cp_context is None:
+            q, k, v, conv_states = self._convolved(x, conv_states, use_cache, cu_seqlens)
+        else:
+            q, k, v = self._convolved_over_ranks(x, cp_context)
         q = q.unflatten(-1, (self.num_heads, self.head_k_dim))
         k = k.unflatten(-1, (self.num_heads, self.head_k_dim))
         v = v.unflatten(-1, (self.num_v_heads, self.head_v_dim))
         recurrent = self.mode == "fused_recurrent" or (T <= SHORT and not self.training)
         rule = fused_recurrent_gated_delta_rule if recurrent else chunk_gated_delta_rule
+        if cp_context is not None:
+            rule = functools.partial(chunk_gated_delta_rule, cp_context=cp_context)
         o, state = rule(
             q,
             k,
@@ -297,6 +325,17 @@ class GatedDeltaNet(nn.Module):
             strict=True,
         )
         return *outputs, new_states if use_cache else None
+
+    def _convolved_over_ranks(self, x, cp_context):
+        """q, k, v after convolution and SiLU of this span; one exchange for the three."""
+        inputs = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if not self.use_short_conv:
+            return map(F.silu, inputs)
+        parts = self.q_conv1d, self.k_conv1d, self.v_conv1d
+        weight = torch.cat([part.weight.squeeze(1) for part in parts])
+        bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
+        y = conv_parallel(torch.cat(inputs, -1), weight, bias, cp_context)
+        return y.split([y.shape[-1] for y in inputs], -1)
 
 
 def _check_config(hidden_size, expand_v, head_dim, num_heads, num_v_heads, mode):

@@ -10,6 +10,7 @@ import torch
 
 from .. import _library
 from . import reference, segments
+from .context_parallel import offsets_of, run_parallel
 from .validation import (
     MAX_HEAD,
     check_gate,
@@ -250,6 +251,9 @@ def chunk_gated_delta_rule(
         cu_seqlens: offsets [N + 1] of sequences packed along T, int32 or int64, B = 1. Sequences
             may be empty; tokens after the last offset give o = 0 and zero gradients.
             cu_seqlens_cpu, its copy on the host, saves auto_cp=True a wait for the device.
+        cp_context: `ContextParallel`: the sequences are spread over the processes of a group, all
+            of which make the call; cu_seqlens is the context's, states are those of this span's
+            sequences (the initial state of one that began earlier is not read).
         chunk_size: 16, 32 or 64; it changes speed and rounding only.
         output_state: receives the final states, in its dtype, and is returned; not differentiable.
         state_indices: [N] int32 or int64; initial_state and output_state are pools [P, ...] of
@@ -274,11 +278,11 @@ def chunk_gated_delta_rule(
 
     Raises:
         ValueError: shapes, dtypes or options that do not fit together, named in the message.
-        TypeError: unknown keywords, tensors that are not floating point.
-        NotImplementedError: cp_context (several devices).
+        TypeError: unknown keywords, tensors that are not floating point, another cp_context.
     """
-    state_v_first = _legacy_layout(state_v_first, legacy)
-    check_options(OP, chunk_size, save_states, precision, auto_cp, cp_context)
+    state_v_first = legacy_layout(OP, state_v_first, legacy)
+    check_options(OP, chunk_size, save_states, precision, auto_cp)
+    cu_seqlens = offsets_of(OP, cp_context, cu_seqlens, auto_cp)
     q, k, v = autocast(q, k, v)
     check_inputs(OP, q, k, v, g, beta)
     check_gate(OP, v, use_gate_in_kernel, A_log, dt_bias)
@@ -292,35 +296,41 @@ def chunk_gated_delta_rule(
     scale = q.shape[3] ** -0.5 if scale is None else scale
     tensors = (q, k, v, g, beta, state, cu_seqlens, A_log, dt_bias)
     options = (scale, use_qk_l2norm_in_kernel, sigmoid_scale, state_v_first, chunk_size)
-    high = allow_neg_eigval if precision is None else precision == "high"
-    split = {None: 0, True: 1, False: -1}[auto_cp]
-    call = Call(*tensors, *options, high, split, bool(batch_invariant))
+    choices = cuda_choices(precision, allow_neg_eigval, auto_cp, batch_invariant)
+    call = Call(*tensors, *options, *choices)
     want_state = output_final_state or output_state is not None
     run = functools.partial(_run, save_states)
-    if auto_cp and not _library.runs_cuda(q):  # the CUDA kernels split by themselves
-        o, final_state = segments.run_split(run, call, want_state, cu_seqlens_cpu)
-    else:
-        o, final_state = run(call, want_state)
+    if cp_context is not None:
+        run = functools.partial(run_parallel, OP, run, context=cp_context)
+    elif auto_cp and not _library.runs_cuda(q):  # the CUDA kernels split by themselves
+        run = functools.partial(segments.run_split, run, cu_seqlens_cpu=cu_seqlens_cpu)
+    o, final_state = run(call, want_state)
     if output_state is None:
         return o, final_state
-    _write_states(output_state, state_indices, final_state)
+    write_states(output_state, state_indices, final_state)
     return o, output_state
 
 
 chunk_gdn = chunk_gated_delta_rule
 
 
-def _legacy_layout(state_v_first, legacy):
+def cuda_choices(precision, allow_neg_eigval, auto_cp, batch_invariant):
+    """The raw operators' high_precision, split and batch_invariant."""
+    high = allow_neg_eigval if precision is None else precision == "high"
+    return high, {None: 0, True: 1, False: -1}[auto_cp], bool(batch_invariant)
+
+
+def legacy_layout(op, state_v_first, legacy):
     """state_v_first after the keywords of older interfaces; TypeError for any other keyword."""
     if "head_first" in legacy:
         raise TypeError(
-            f"{OP}: head_first is not supported, transpose the inputs to [B, T, H, K] instead"
+            f"{op}: head_first is not supported, transpose the inputs to [B, T, H, K] instead"
         )
     if "transpose_state_layout" in legacy:
-        _warn(f"{OP}: transpose_state_layout is now state_v_first", DeprecationWarning)
+        _warn(f"{op}: transpose_state_layout is now state_v_first", DeprecationWarning)
         state_v_first = state_v_first or legacy.pop("transpose_state_layout")
     if legacy:
-        raise TypeError(f"{OP}: unexpected keyword arguments {sorted(legacy)}")
+        raise TypeError(f"{op}: unexpected keyword arguments {sorted(legacy)}")
     return state_v_first
 
 
@@ -352,7 +362,7 @@ def _read_states(state, indices, dtype):
     return state.to(dtype)
 
 
-def _write_states(output, indices, final):
+def write_states(output, indices, final):
     """output[indices] = final but for indices of -1, which is known on the device only.
 
     A row to skip writes what the first other row writes, to the same place, or, if all are to be

@@ -123,6 +123,8 @@ def causal_conv1d(
     _checks.expect_dim(op, "x", x, 3, "[B, T, D]")
     N = _checks.expect_offsets(op, x, cu_seqlens)
     _check_conv(op, x, weight, bias, initial_state, "initial_state", N, activation)
+    if cu_seqlens is not None and _checks.has_values(cu_seqlens):
+        _checks.expect_rising(op, cu_seqlens, x.shape[1])
     kernel = _library.kernel("causal_conv1d_fwd", x)
     if kernel is None:
         return reference.naive_causal_conv1d(

@@ -7,7 +7,7 @@ import torch
 
 from .. import _checks, _library
 from . import reference
-from .ops import autocast, gate_dtype
+from .ops import autocast, gate_dtype, legacy_layout
 from .validation import (
     MAX_HEAD,
     check_gate,
@@ -135,6 +135,7 @@ def fused_recurrent_gated_delta_rule(
     allow_neg_eigval=False,
     state_v_first=False,
     cu_seqlens=None,
+    **legacy,
 ):
     """Gated delta rule token by token, for short sequences; differentiable.
 
@@ -169,8 +170,9 @@ def fused_recurrent_gated_delta_rule(
 
     Raises:
         ValueError: shapes, dtypes or options that do not fit together, named in the message.
-        TypeError: tensors that are not floating point.
+        TypeError: unknown keywords, tensors that are not floating point.
     """
+    state_v_first = legacy_layout(OP, state_v_first, legacy)
     q, k, v = autocast(q, k, v)
     _check_arguments(q, k, v, g, gk, gv, beta)
     if use_gate_in_kernel and g is None:

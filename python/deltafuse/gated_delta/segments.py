@@ -8,6 +8,8 @@ scanned states. Nothing is approximated, and gradients follow by autograd throug
 
 import torch
 
+from .reference import compute_dtype
+
 SEGMENTS = 8  # at most, for a sequence
 GRID = 64  # cuts depend on the sequence's own length only, so results do not depend on the batch
 
@@ -30,6 +32,20 @@ def cut(bounds):
     return offsets, counts
 
 
+def compose(M, state, H):
+    """M state + H in their own precision, which autocast would lower."""
+    with torch.autocast(M.device.type, enabled=False):
+        return M @ state + H
+
+
+def transition(run, call, N):
+    """M [N, HV, K, K] of the call's N sequences; call is the named tuple of `ops`."""
+    K, HV = call.q.shape[3], call.v.shape[2]
+    eye = torch.eye(K, dtype=compute_dtype(call.q), device=call.q.device).expand(N, HV, K, K)
+    zero = call.v.new_zeros(K).expand(*call.v.shape[:3], K)
+    return run(call._replace(v=zero, initial_state=eye), True)[1]
+
+
 def scan(initial, M, H, counts):
     """The state that enters each segment: initial [N, ...], M and H a segment, all [HV, ...]."""
     entering, segment = [], 0
@@ -37,7 +53,7 @@ def scan(initial, M, H, counts):
         for last in [False] * (count - 1) + [True]:
             entering.append(state)
             if not last:
-                state = M[segment] @ state + H[segment]
+                state = compose(M[segment], state, H[segment])
             segment += 1
     return torch.stack(entering) if entering else initial
 
@@ -63,9 +79,7 @@ def run_split(run, call, output_final_state, cu_seqlens_cpu=None):
         state_v_first=False,
     )
     H = run(packed, True)[1]
-    eye = torch.eye(K, dtype=H.dtype, device=H.device).expand(len(offsets) - 1, HV, K, K)
-    zero = v.new_zeros(K).expand(1, B * T, HV, K)
-    M = run(packed._replace(v=zero, initial_state=eye), True)[1]
+    M = transition(run, packed, len(offsets) - 1)
     initial = H.new_zeros(len(counts), HV, K, V)
     if call.initial_state is not None:
         initial = call.initial_state.mT if call.state_v_first else call.initial_state

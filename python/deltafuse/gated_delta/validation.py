@@ -1,4 +1,7 @@
-"""Checks of the arguments that all forms of the gated delta rule share; none reads device data."""
+"""Checks of the arguments that all forms of the gated delta rule share; none reads device data.
+
+Values are read of cu_seqlens and state_indices alone, where they are on the CPU.
+"""
 
 import torch
 
@@ -71,6 +74,8 @@ def check_sequences(op, q, cu_seqlens):
             op, f"cu_seqlens needs packed inputs with B = 1, got q of shape {tuple(q.shape)}"
         )
     _checks.expect_same_device(op, q=q, cu_seqlens=cu_seqlens)
+    if _checks.has_values(cu_seqlens):
+        _checks.expect_rising(op, cu_seqlens, q.shape[1])
     return cu_seqlens.shape[0] - 1
 
 
@@ -99,12 +104,13 @@ def check_states(op, q, v, N, initial_state, output_state, state_indices, state_
     _checks.expect_shape(op, "state_indices", state_indices, (N,), "[N]")
     if initial_state is None and output_state is None:
         _checks.fail(op, "state_indices needs a pool: initial_state or output_state")
+    P = min(len(pool) for pool in (initial_state, output_state) if pool is not None)
+    if N and _checks.has_values(state_indices) and state_indices.amax() >= P:
+        _checks.fail(op, f"state_indices must be below P = {P}, got {state_indices.tolist()}")
 
 
-def check_options(op, chunk_size, save_states, precision, auto_cp, cp_context):
+def check_options(op, chunk_size, save_states, precision, auto_cp):
     """The options of the chunk form that are a choice among a few values."""
-    if cp_context is not None:
-        raise NotImplementedError(f"{op}: cp_context (sequences over several devices)")
     for name, value, choices in (
         ("chunk_size", chunk_size, (16, 32, 64)),
         ("save_states", save_states, ("auto", True, False)),
@@ -120,9 +126,7 @@ def check_values(op, g, cu_seqlens, T):
     if torch.isnan(g).any() or (g == torch.inf).any():
         _checks.fail(op, f"g of shape {tuple(g.shape)} holds NaN or +inf")
     if cu_seqlens is not None:
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] > T or bounds != sorted(bounds):
-            _checks.fail(op, f"cu_seqlens must rise from 0 to at most T = {T}, got {bounds}")
+        _checks.expect_rising(op, cu_seqlens, T)
 
 
 def _check_indices(op, name, tensor, meaning):
