@@ -181,9 +181,12 @@ def test_bad_offsets_do_not_reach_other_memory():
         sigmoid_scale=0.0,
         state_v_first=False,
         chunk_size=64,
+        high_precision=False,
+        split=0,
+        batch_invariant=False,
     )
     with pytest.raises(RuntimeError, match="cu_seqlens"):
-        torch.ops.deltafuse.gated_delta_fwd(*call, True, False)
+        torch.ops.deltafuse.gated_delta_fwd(*call, True, ops.NOTHING)
 
 
 def test_exported_names():

@@ -288,9 +288,8 @@ def chunk_gated_delta_rule(
     check_gate(OP, v, use_gate_in_kernel, A_log, dt_bias)
     sigmoid_scale = check_sigmoid(OP, use_beta_sigmoid_in_kernel, allow_neg_eigval)
     N = check_sequences(OP, q, cu_seqlens)
+    _check_values(g, cu_seqlens)
     check_states(OP, q, v, N, initial_state, output_state, state_indices, state_v_first)
-    if _debug:
-        check_values(OP, g, cu_seqlens, q.shape[1])
     g, beta = gate_dtype(q, g), gate_dtype(q, beta)
     state = _read_states(initial_state, state_indices, reference.compute_dtype(q))
     scale = q.shape[3] ** -0.5 if scale is None else scale
@@ -312,6 +311,11 @@ def chunk_gated_delta_rule(
 
 
 chunk_gdn = chunk_gated_delta_rule
+
+
+def _check_values(g, cu_seqlens):
+    if _debug:
+        check_values(OP, g, cu_seqlens, g.shape[1])
 
 
 def cuda_choices(precision, allow_neg_eigval, auto_cp, batch_invariant):
