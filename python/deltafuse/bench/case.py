@@ -37,6 +37,7 @@ class Benchmark:
         targets: (row name, factor) pairs: ours is to be that many times as fast as the row, with 2
             threads. A target on "torch.compile" has that row measured without being asked for.
         dtype: of the main inputs, for the table.
+        devices: where there is something to measure.
     """
 
     title: str
@@ -49,3 +50,4 @@ class Benchmark:
     bytes: Callable
     targets: tuple = ()
     dtype: str = "float32"
+    devices: tuple = ("cpu", "cuda")

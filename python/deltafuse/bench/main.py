@@ -45,7 +45,11 @@ def chosen(args, parser):
         parser.error("--device cuda: no GPU here")
     if args.device == "cuda" and args.threads:
         parser.error("--threads is for the CPU")
-    return list(REGISTRY) if args.all else args.ops
+    there = [name for name, benchmark in REGISTRY.items() if args.device in benchmark.devices]
+    elsewhere = [name for name in args.ops if name not in there]
+    if elsewhere:
+        parser.error(f"{elsewhere[0]} is not measured with --device {args.device}")
+    return there if args.all else args.ops
 
 
 def earlier(args, parser):
