@@ -115,6 +115,14 @@ def test_every_number_of_steps(device):
             assert error(found, expected.double()) <= (0 if cols == 72 else ROUNDING[BF16])
 
 
+@pytest.mark.slow
+@on_cuda
+def test_seventeen_tiles_a_side(device):
+    """More rows of tiles than a band of the full product, 153 tiles of a symmetric one."""
+    x = scaled(1, 2056, 2056, device=device)
+    assert error(iterate(x), matrix.by_torch(x.double(), 1, A, B, C)) <= ROUNDING[BF16]
+
+
 @on_cuda
 def test_layouts(device):
     given = scaled(3, 72, 140, device=device)[..., :136]
