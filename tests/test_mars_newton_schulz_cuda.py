@@ -231,6 +231,15 @@ def test_three_launches_a_step(emulated, steps):
 
 
 @emulated_only
+@pytest.mark.parametrize("shape", [(2, 20, 33), (1, 33, 20), (1, 1), (40, 24)], ids=str)
+def test_no_launch_loads_element_by_element(emulated, shape):
+    """Of the public function: matrices whose rows start anywhere are copied once."""
+    launches = profiled(emulated, lambda: matrix.newton_schulz(scaled(*shape)))
+    fast = "product_async" if "90a" in backend_info()["build"] else "ELb1EEEv"
+    assert len(launches) == 15 and all(fast in launch["kernel"] for launch in launches)
+
+
+@emulated_only
 @pytest.mark.parametrize("loop", [False, True], ids=["kernels", "loop"])
 def test_launches_of_an_optimizer_step(emulated, loop):
     """Momenta, 15 a shape, parameters; the PyTorch loop launches nothing."""

@@ -12,8 +12,6 @@
 // by reads of shared memory: 36 KB a step of 16 of K, 288 cycles where the products take 256
 // (sm_80).
 #pragma once
-#include <algorithm>
-
 #include "common/cuda/mma_sm80.cuh"
 #include "mars/product_tile.cuh"
 
@@ -71,8 +69,8 @@ struct BoxPair {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int below = 32 * (kDown ? i : i % 2), beside = kDown ? 0 : i / 2 * kProductBox;
-      const int bytes = below < rows ? min(max(2 * (cols - beside), 0), 16) : 0;
-      cp_async16(at + i * (kBoxBytes / 2), from + below / 32 * rows32 + beside, bytes);
+      const int count = below < rows ? min(max(cols - beside, 0), 8) : 0;
+      cp_async16(at + i * (kBoxBytes / 2), from + below / 32 * rows32 + beside, 2 * count);
     }
     from += step;
     (kDown ? cols : rows) -= kProductBox;

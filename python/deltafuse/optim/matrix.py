@@ -58,6 +58,14 @@ def _iteration(x):
     return _library.kernel("newton_schulz", x)
 
 
+def _with_whole_rows(x):
+    """x, or a copy of which each row starts on 16 bytes: the operator loads others by elements."""
+    cols = x.shape[-1]
+    if x.stride(-1) == 1 and all(stride % 8 == 0 for stride in x.stride()[:-1]):
+        return x
+    return x.new_empty(*x.shape[:-1], cols + -cols % 8)[..., :cols].copy_(x)
+
+
 def newton_schulz(matrix, steps=5, dtype=torch.bfloat16, loop=False):
     """An approximation of U V^T of the singular value decomposition, without the decomposition.
 
@@ -73,9 +81,12 @@ def newton_schulz(matrix, steps=5, dtype=torch.bfloat16, loop=False):
     x = x if x.dtype == torch.float64 else x.to(dtype)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     tall = x.shape[-2] > x.shape[-1]
-    x = x.mT.contiguous() if tall else x
+    x = x.mT if tall else x
     iteration = None if loop else _iteration(x)
-    x = (iteration or by_torch)(x, steps, *COEFFICIENTS)
+    if iteration is None:
+        x = by_torch(x.contiguous() if tall else x, steps, *COEFFICIENTS)
+    else:
+        x = iteration(_with_whole_rows(x), steps, *COEFFICIENTS)
     return (x.mT if tall else x).reshape(matrix.shape)
 
 
