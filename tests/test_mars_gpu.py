@@ -18,6 +18,7 @@ OPTIONS = {
     "cautious lion": {"mars_type": "mars-lion", "caution": "mean"},
     "8 bits": {"state_bits": 8},
     "matrices": {"mars_type": "mars-m", "ns_dtype": torch.float32},
+    "matrices, 16 bits": {"mars_type": "mars-m"},
 }
 
 

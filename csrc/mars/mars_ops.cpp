@@ -23,4 +23,6 @@ DF_SCHEMAS(m) {
   m.def(
       "mars_squares(Tensor[] grads, Tensor[] last_grads, Tensor[] absmaxes, int[] sections,"
       " float[] constants, Tensor? schedule, Tensor? grad_scale) -> Tensor");
+  // x [n, rows, cols], rows <= cols; steps times A = X X^T, B = b A + c A A, X <- a X + B X
+  m.def("newton_schulz(Tensor x, int steps, float a, float b, float c) -> Tensor");
 }

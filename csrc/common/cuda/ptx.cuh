@@ -60,7 +60,7 @@ __device__ inline void named_barrier_arrive(int number, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
-#if __CUDA_ARCH__ >= 900
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900  // the host's pass over *_sm90.cu, too
 // ---- sm_90
 __device__ inline void mbarrier_fence_init() {  // inits are visible to asynchronous copies
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");

@@ -1,9 +1,9 @@
-"""Benchmarks of MARS steps: MARS-AdamW on the parameters of GPT-2 small, MARS-M on matrices."""
+"""Benchmarks of MARS: steps of MARS-AdamW on GPT-2 small, of MARS-M on matrices; Newton-Schulz."""
 
 import torch
 
 from .. import _library
-from ..optim import MARS, mars_reference_
+from ..optim import MARS, mars_reference_, matrix
 from .case import Benchmark, Case
 
 CHECK = {"layers": 1, "width": 96, "vocabulary": 257, "context": 65}
@@ -126,10 +126,31 @@ def mars_m_case(shape, device):
     )
 
 
-def newton_schulz_flops(shape):
+def newton_schulz_flops(sizes):
     """5 (4 n^2 k + 2 n^3) a matrix of sides n <= k, without use of symmetry."""
-    sides = [sorted(size) for size in parameter_sizes(shape) if len(size) == 2]
+    sides = [sorted(size) for size in sizes if len(size) == 2]
     return sum(5 * (4 * n * n * k + 2 * n**3) for n, k in sides)
+
+
+def newton_schulz_case(shape, device):
+    """Five iterations of the operator and of torch's products, from the same scaled matrices."""
+    torch.manual_seed(0)
+    x = torch.randn(shape["n"], shape["rows"], shape["cols"], device=device)
+    x = (x / x.norm(dim=(-2, -1), keepdim=True)).bfloat16()
+    operator = _library.kernel("newton_schulz", x) or matrix.by_torch
+
+    def run(function, x):
+        return function(x, 5, *matrix.COEFFICIENTS)
+
+    return Case(
+        ours=lambda: run(operator, x),
+        reference=lambda: run(matrix.by_torch, x),
+        check=lambda: [("X", run(operator, x), run(matrix.by_torch, x.double()), 3e-2)],
+    )
+
+
+def matrices_of(n, rows, cols):
+    return {"n": n, "rows": rows, "cols": cols}
 
 
 ENTRIES = {
@@ -151,8 +172,26 @@ ENTRIES = {
         shapes=({"layers": 4, "width": 384, "vocabulary": 512, "context": 256},),
         tiny={"layers": 1, "width": 24, "vocabulary": 33, "context": 17},
         make=mars_m_case,
-        flops=newton_schulz_flops,
+        flops=lambda s: newton_schulz_flops(parameter_sizes(s)),
         bytes=lambda s: 28 * count(s),  # p, g, h, m read, p, h, m written
         targets=(("torch Muon", 1.0),),
+    ),
+    "newton_schulz": Benchmark(
+        title="five Newton-Schulz iterations on a batch of bfloat16 matrices",
+        reference="torch's batched products",
+        kernel="newton_schulz",
+        shapes=(
+            matrices_of(12, 768, 768),
+            matrices_of(12, 768, 3072),
+            matrices_of(1, 4096, 4096),
+            matrices_of(1, 4096, 11008),
+        ),
+        tiny=matrices_of(2, 40, 72),
+        make=newton_schulz_case,
+        flops=lambda s: s["n"] * newton_schulz_flops([(s["rows"], s["cols"])]),
+        bytes=lambda s: 4 * s["n"] * s["rows"] * s["cols"],  # X read and written
+        targets=(("reference", 1.0),),
+        dtype="bfloat16",
+        devices=("cuda",),
     ),
 }

@@ -6,7 +6,7 @@ import torch
 
 from . import matrix, sharded
 from .layout import as_real, is_dense, is_finite, like
-from .paths import constants_of, is_corrected, kind_of, rounding_of
+from .paths import constants_of, is_corrected, kind_of, rounding_of, uses_loop
 from .sections import LISTS, Section, squares
 
 FILLED = (*LISTS, "absmaxes", "state_steps")  # what MARS._init_group fills, in its order
@@ -92,7 +92,7 @@ class GroupStep:
             sharded.gathered(d, p) if sharded.is_sharded(p) else d
             for d, p in zip(self.section.params, self.whole, strict=True)
         ]
-        results = matrix.orthogonalized(whole, steps, dtype)
+        results = matrix.orthogonalized(whole, steps, dtype, loop=uses_loop(self.group))
         return [
             like(sharded.shard_of(r, p) if sharded.is_sharded(p) else r, t)
             for r, p, t in zip(results, self.whole, self.targets, strict=True)
