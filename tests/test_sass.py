@@ -45,7 +45,7 @@ KERNELS = [
     Kernel(r"mix_fwd_kernel.*Lb1E", 12, 168, ("LDG.E.128", "STG.E.128")),
     Kernel(r"mix_bwd_kernel", 24, 208, ("LDG.E.128", "STG.E.128")),
     Kernel(r"mix_(fwd_any|bwd_any|final|initial)_kernel", 12, 128, ("LDG.E", "STG.E")),
-    Kernel(r"mix_sums_kernel", 1, 64, ("LDG.E", "STG.E")),
+    Kernel(r"column_sums_kernel", 1, 64, ("LDG.E", "STG.E")),
     Kernel(r"shift_(fwd|bwd|bwd_wide)_kernel.*Lb1E", 9, 128, ("LDG.E.128", "STG.E.128")),
     Kernel(r"shift_(fwd|bwd|bwd_wide)_kernel.*Lb0E", 9, 128, ("LDG.E", "STG.E")),
     Kernel(r"shift_(last|cache)_kernel", 6, 64, ("STG.E",)),
