@@ -19,10 +19,9 @@
 // Bytes a CTA: its part of S once in and once out, 2 K + 2 tile elements a token.
 // FLOPs: 6 K tile a token. Bound by memory: 0.75 FLOP a byte for one token and a float state.
 #pragma once
-#include "common/cuda/load.cuh"
-#include "common/cuda/math.cuh"
 #include "common/cuda/reduce.cuh"
 #include "gated_delta/decode.h"
+#include "gated_delta/input.cuh"
 
 namespace df::cuda {
 template <class State_, bool kVFirst_, int kTileK_, int kVec_>
@@ -56,14 +55,6 @@ struct DecodeRow {  // what a CTA works on
   int64_t b, h, read, write;
   int v0, tile;
 };
-
-__device__ inline int64_t offset(const Input& x, int64_t b, int64_t t, int64_t h) {
-  return b * x.b + t * x.t + h * x.h;
-}
-template <class Source>  // Input or Dense
-__device__ inline float load_any(const Source& x, int64_t i) {
-  return load_any(x.data, x.dtype, i);
-}
 
 __device__ inline int64_t decode_slot(const void* indices, bool is64, int64_t b, int64_t pool) {
   const int64_t slot = !indices ? b
@@ -106,7 +97,7 @@ __device__ inline void decode_stage(const DecodeArgs& p, const DecodeRow& at, fl
     float a = load_any(p.a, offset(p.a, at.b, t, at.h));
     if (p.dt_bias.data) a += load_any(p.dt_bias, at.h);
     const float g = -expf(load_any(p.A_log, at.h)) * softplus(a);
-    sGate[2 * t] = expf(g < -88 ? -88 : g);  // not fmaxf: NaN stays NaN
+    sGate[2 * t] = expf(clamp_gate(g));
     sGate[2 * t + 1] = sigmoid(load_any(p.b, offset(p.b, at.b, t, at.h)));
   }
 }

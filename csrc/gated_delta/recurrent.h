@@ -1,5 +1,6 @@
 // The seam of the per-token form: the chunk form's arguments and the channels that only it has.
 #pragma once
+#include "common/sequences.h"
 #include "gated_delta/chunk.h"
 
 namespace df {
@@ -24,6 +25,11 @@ struct RecurrentBwdArgs {
   void* d_initial_state;
   double *dA_log, *ddt_bias;
 };
+
+// CUDA, by the type of q, k and v; states are float. Sequences come from the offsets.
+void recurrent_fwd_f32_cuda(const RecurrentFwdArgs& args, const Offsets& offsets, void* stream);
+void recurrent_fwd_bf16_cuda(const RecurrentFwdArgs& args, const Offsets& offsets, void* stream);
+void recurrent_fwd_f16_cuda(const RecurrentFwdArgs& args, const Offsets& offsets, void* stream);
 
 namespace cpu {
 // Tasks of one value head, columns [v0, v1); of a whole group in the backward.

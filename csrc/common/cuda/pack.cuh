@@ -55,7 +55,7 @@ struct Pack {
   __device__ void set(int i, float x) { from_float(x, elements + i); }
 };
 
-inline bool on_boundary(const void* p, int64_t bytes) {
+__host__ __device__ inline bool on_boundary(const void* p, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(p) % bytes == 0;
 }
 }  // namespace df::cuda
