@@ -3,6 +3,6 @@
 #include "ddl/mix.h"
 
 void df::mix_sums_cuda(const MixShape& s, const MixSums& sums, void* stream) {
-  cuda::column_sums(sums.partial, sums.rows, s.K * s.channels(), sums.dw,
-                    static_cast<cudaStream_t>(stream));
+  cuda::column_sums(sums.partial, sums.rows, s.K * s.channels(),
+                    cuda::DenseSums{sums.dw, DType::f32}, static_cast<cudaStream_t>(stream));
 }

@@ -7,12 +7,20 @@
 // warp), 4 bytes a column out; FLOPs: one a number. Bound by memory, and short beside the kernel
 // before it, which moves many times as many bytes.
 #pragma once
-#include <cstdint>
+#include "common/cuda/load.cuh"
 
 namespace df::cuda {
-template <class T>  // float
+struct DenseSums {  // where the totals go: a contiguous tensor
+  void* data;
+  DType dtype;
+  __device__ void operator()(int64_t column, float total) const {
+    store_any(total, data, dtype, column);
+  }
+};
+
+template <class Put>  // put(column, total)
 __global__ void __launch_bounds__(256)
-    column_sums_kernel(const T* partial, int64_t rows, int64_t columns, T* total) {
+    column_sums_kernel(const float* partial, int64_t rows, int64_t columns, const Put put) {
   constexpr int kColumns = 32, kWarps = 8;
   __shared__ double sums[kWarps][kColumns];
   const int lane = threadIdx.x % kColumns, warp = threadIdx.x / kColumns;
@@ -24,13 +32,14 @@ __global__ void __launch_bounds__(256)
   __syncthreads();
   if (warp != 0 || column >= columns) return;
   for (int i = 1; i < kWarps; ++i) sum += sums[i][lane];
-  total[column] = T(sum);
+  put(column, float(sum));
 }
 
-inline void column_sums(const float* partial, int64_t rows, int64_t columns, float* total,
-                        cudaStream_t stream) {
+template <class Put>
+void column_sums(const float* partial, int64_t rows, int64_t columns, const Put& put,
+                 cudaStream_t stream) {
   if (columns == 0) return;
   const unsigned grid = unsigned((columns + 31) / 32);
-  column_sums_kernel<float><<<grid, 256, 0, stream>>>(partial, rows, columns, total);
+  column_sums_kernel<Put><<<grid, 256, 0, stream>>>(partial, rows, columns, put);
 }
 }  // namespace df::cuda

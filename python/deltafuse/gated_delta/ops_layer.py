@@ -63,6 +63,7 @@ _register(
     "causal_conv1d", "causal_conv1d", _conv_fwd_fake, _conv_bwd_fake, _conv_setup, _conv_backward
 )
 _library.register("causal_conv1d_update", lambda x, state, weight, bias, silu: x.new_empty(x.shape))
+_library.not_on_cuda(torch.float64, "causal_conv1d_fwd", "causal_conv1d_update")
 
 
 def _check_conv(op, x, weight, bias, state, state_name, N, activation):
