@@ -279,6 +279,7 @@ _register(
     lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
     lambda ops, ctx, dg: _needed(ctx, ops.gdn_gate_bwd(dg, *ctx.saved_tensors)),
 )
+_library.not_on_cuda(torch.float64, "gated_rms_norm_fwd", "l2norm_fwd", "gdn_gate_fwd")
 
 
 def fused_gdn_gate(a, A_log, dt_bias=None, output_dtype=None):
