@@ -24,7 +24,8 @@ from gated_delta_cases import (
 )
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-# backward keeps a state every 64 tokens; forward cuts columns into tiles of 32 KB of state
+# backward keeps a state every 64 tokens; forward cuts columns into tiles of 32 KB of state, on CUDA
+# of 16 columns a warp (8 above K = 128)
 CASES = {
     "one_token": Case(B=3, T=1, H=2, HV=2, K=64, V=64),  # as in decoding
     "smallest": Case(T=3, H=2, HV=2, K=1, V=1, dht=False),
@@ -49,15 +50,15 @@ def detached(x):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_outputs_and_gradients(name, dtype):
-    check(make(CASES[name], dtype), dht=CASES[name].dht)
+def test_outputs_and_gradients(device, name, dtype):
+    check(make(CASES[name], dtype, device), dht=CASES[name].dht)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["next_segment", "packed"])
-def test_preactivations_in_the_kernel(name, dtype):
+def test_preactivations_in_the_kernel(device, name, dtype):
     # beta up to 2 amplifies the rounding of bfloat16 inputs: twice the limit
-    check(make(CASES[name], dtype, fused=True), 2, **FUSED)
+    check(make(CASES[name], dtype, device, fused=True), 2, **FUSED)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

@@ -9,9 +9,9 @@
 // a fixed order, and to a partial sum in memory; column_sums adds these in double. Registers: at
 // most 64. Bytes an element: e + 4, backward 2 e + 4 (e bytes an element of a). FLOPs: about 40.
 // Bound by memory.
-#include "common/cuda/column_sums.cuh"
 #include "common/cuda/pack.cuh"
 #include "gated_delta/gate.h"
+#include "gated_delta/gate_sums.cuh"
 #include "gated_delta/input.cuh"
 
 namespace df::cuda {
@@ -107,16 +107,6 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 }
 
-struct GateSums {  // columns [2, HV]
-  GateLaunch p;
-  __device__ void operator()(int64_t column, float total) const {
-    if (column < p.HV)
-      store_any(total, p.dA_log, p.A_log.dtype, column);
-    else if (p.ddt_bias)
-      store_any(total, p.ddt_bias, p.dt_bias.dtype, column - p.HV);
-  }
-};
-
 // fn(Type<E>, kernels with vectors)
 template <class Fn>
 void gate_dispatch(const GateLaunch& p, Fn fn) {
@@ -148,5 +138,7 @@ void df::gate_bwd_cuda(const GateLaunch& p, void* stream_) {
       auto* kernel = vectors ? &cuda::gate_bwd_kernel<E, true> : &cuda::gate_bwd_kernel<E, false>;
       kernel<<<unsigned(p.ctas() * p.blocks()), cuda::kThreads, 0, stream>>>(p);
     });
-  cuda::column_sums(p.partial, p.ctas(), 2 * p.HV, cuda::GateSums{p}, stream);
+  cuda::column_sums(p.partial, p.ctas(), 2 * p.HV,
+                    cuda::GateSums{p.HV, p.dA_log, p.ddt_bias, p.A_log.dtype, p.dt_bias.dtype},
+                    stream);
 }
