@@ -9,8 +9,8 @@
 // Tokens come in blocks of 2 a warp (1 with channels above K = 128): the raw rows of the next block
 // are requested into registers before a block is computed, and go to the other of two buffers in
 // shared memory, normalised and as float, after it. One barrier a block.
-// Shared memory: 8 tokens (2 kTileK + tile + 2) bytes, with channels 8 tokens (3 kTileK + 3 tile +
-// 2): 21 KB at K = 128 and 4 warps, at most 37 KB. Reads are 128 bits, without bank conflicts.
+// Shared memory: 8 tokens (2 kTileK + tile + 4) bytes, with channels 8 tokens (3 kTileK + 3 tile +
+// 4): 21 KB at K = 128 and 4 warps, at most 37 KB. Reads are 128 bits, without bank conflicts.
 // Registers: 32 to 64 of state, 8 to 32 of requested rows; at most 168, 3 CTAs of 4 warps an SM.
 // Bytes a token: q and k once a V tile (from L2 beyond the first), v and o once. Sums over K: 5 or
 // 6 shuffles for four columns. FLOPs: 7 K a value column. Bound by the latency of a token (two
@@ -51,7 +51,7 @@ struct RecurrentBuffer {
     gate = (C::kChannels ? beta : v) + tokens * tile;
   }
   static __host__ __device__ int floats(int tokens, int tile) {
-    return tokens * (C::kChannels ? 3 * C::kTileK + 3 * tile + 2 : 2 * C::kTileK + tile + 2);
+    return tokens * ((C::kChannels ? 3 * C::kTileK + 3 * tile : 2 * C::kTileK + tile) + 4);
   }
 };
 
