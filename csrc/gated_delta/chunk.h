@@ -67,11 +67,10 @@ inline bool streams(DType dtype, int64_t elements, int64_t n) {
 }
 
 // Slots of a call in `saved`, and the first of a sequence; a packed sequence may leave one unused.
-constexpr int64_t saved_slots(const ChunkShape& s, int64_t batches, int64_t sequences,
-                              bool packed) {
+inline int64_t saved_slots(const ChunkShape& s, int64_t batches, int64_t sequences, bool packed) {
   return packed ? s.T / s.C + sequences : batches * ((s.T + s.C - 1) / s.C);
 }
-constexpr int64_t saved_slot(const ChunkShape& s, const Sequence& x, int64_t sequence) {
+inline int64_t saved_slot(const ChunkShape& s, const Sequence& x, int64_t sequence) {
   return x.batch * ((s.T + s.C - 1) / s.C) + x.begin / s.C + sequence - x.batch;
 }
 

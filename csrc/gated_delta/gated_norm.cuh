@@ -193,10 +193,13 @@ __device__ inline float norm_other_pieces(const RowNormLaunch& p, const NormLane
     norm_piece<C>(p, row, c, r, x, z, norm_load<C>(p.args.dy, row, c), w, d, hn);
     if (!add) return norm_store_dx<C>(p, row, c, r, along, x, d);
 #pragma unroll
-    for (int i = 0; i < C::kVec; ++i) {
-      along += x[i] * r * d[i];
-      if (p.partial) partial[c + i] = first ? hn[i] : partial[c + i] + hn[i];
-    }
+    for (int i = 0; i < C::kVec; ++i) along += x[i] * r * d[i];
+    if (!p.partial) return;
+    Pack<float, C::kVec> sums;
+    first ? sums.zero() : sums.load(partial + c);
+#pragma unroll
+    for (int i = 0; i < C::kVec; ++i) sums.set(i, sums[i] + hn[i]);
+    sums.store(partial + c);
   });
   return along;
 }
@@ -205,15 +208,16 @@ __device__ inline float norm_other_pieces(const RowNormLaunch& p, const NormLane
 template <class C>
 __device__ inline void norm_cta_sums(const RowNormLaunch& p, const NormLanes& on,
                                      const float (&sums)[C::kVec]) {
-  __shared__ float shared[C::kThreads * C::kVec];
+  constexpr int kStride = C::kThreads + 32 / C::kVec;  // both ways free of bank conflicts
+  __shared__ float shared[kStride * C::kVec];
   const int width = on.lanes * C::kVec;
 #pragma unroll
-  for (int i = 0; i < C::kVec; ++i) shared[i * C::kThreads + threadIdx.x] = sums[i];
+  for (int i = 0; i < C::kVec; ++i) shared[i * kStride + threadIdx.x] = sums[i];
   __syncthreads();
   for (int c = threadIdx.x; c < width && c < p.args.V; c += C::kThreads) {
     float total = 0;
     for (int g = 0; g < on.groups; ++g)
-      total += shared[c % C::kVec * C::kThreads + g * on.lanes + c / C::kVec];
+      total += shared[c % C::kVec * kStride + g * on.lanes + c / C::kVec];
     p.partial[blockIdx.x * p.args.V + c] = total;
   }
 }
@@ -258,14 +262,15 @@ __global__ void __launch_bounds__(C::kThreads, C::kWide ? 1 : 2)
   }
   if (!p.partial) return;
   if constexpr (!C::kWide) return norm_cta_sums<C>(p, on, sums[0]);
+  Pack<float, C::kVec> total;
   norm_held<C>(on, args.V, [&](int i, int64_t c) {
 #pragma unroll
-    for (int w = 0; w < C::kVec; ++w) partial[c + w] = sums[i][w];
+    for (int w = 0; w < C::kVec; ++w) total.set(w, sums[i][w]);
+    total.store(partial + c);
   });
+  total.zero();
   if (begin + on.group >= end)  // a warp without a row
-    norm_others<C>(on, args.V, [&](int64_t c) {
-      for (int w = 0; w < C::kVec; ++w) partial[c + w] = 0;
-    });
+    norm_others<C>(on, args.V, [&](int64_t c) { total.store(partial + c); });
 }
 
 // fn(NormConfig, lanes a row)

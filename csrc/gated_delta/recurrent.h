@@ -37,10 +37,11 @@ struct RecurrentBwdLaunch {
   int64_t B;
   Offsets offsets;
   int64_t warps;            // of a CTA, a power of two
-  float* checkpoints;       // [slots, HV, tiles, state_floats]: every shape().C tokens
-  float* starts;            // [N, HV, tiles, blocks, state_floats]: of the blocks of one segment
+  float* checkpoints;       // [checkpoint_slots(), HV, tiles, state_floats]: each shape().C tokens
+  float* starts;            // [start_slots(), HV, tiles, state_floats]: of a segment's blocks
+  float* origins;           // [N, HV, tiles, state_floats]: initial states; null without
   float* keys;              // [tiles, B T HV, 2, K]: dq and dk of a tile of value columns
-  float* gates;             // [tiles, B T HV, 2]: <dS, S~> and du.e
+  float* gates;             // [tiles, 2, B T HV]: <dS, S~> and du.e
   float* sums;              // [sum_rows(), 2, HV]: of dA_log and ddt_bias
   void *dA_log, *ddt_bias;  // of the types of A_log and dt_bias; may be null
 
@@ -51,8 +52,18 @@ struct RecurrentBwdLaunch {
   constexpr int64_t tile() const { return warps * rows_per_warp(); }
   constexpr int64_t tiles() const { return (shape().V + tile() - 1) / tile(); }
   constexpr int64_t state_floats() const { return tile() * tile_k(); }
-  constexpr int64_t blocks() const { return shape().C / (shape().K <= 128 ? 8 : 4); }
-  constexpr int64_t slots() const { return saved_slots(shape(), B, offsets.N, offsets.data); }
+  constexpr int64_t block() const { return shape().K <= 128 ? 8 : 4; }  // tokens
+  // The first state of a sequence and of a segment is known, so that short sequences have none of
+  // these: those of a sequence fit from (first token / distance) on. The states of blocks are of
+  // one segment at a time.
+  constexpr int64_t checkpoint_slots() const { return B * (shape().T / shape().C); }
+  constexpr int64_t starts_each() const { return shape().C / block() - 1; }
+  constexpr bool few_sequences() const {
+    return offsets.N * starts_each() < B * (shape().T / block());
+  }
+  constexpr int64_t start_slots() const {
+    return few_sequences() ? offsets.N * starts_each() : B * (shape().T / block());
+  }
   constexpr int64_t tokens() const { return B * shape().T; }
   constexpr int64_t sum_rows() const { return (tokens() + kSumTokens - 1) / kSumTokens; }
 };

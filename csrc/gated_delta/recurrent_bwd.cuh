@@ -35,27 +35,37 @@ struct RecurrentBwdConfig : StateTile<kTileK> {
   using E = E_;
   using Tile = StateTile<kTileK>;
   static constexpr int kBlock = kTileK > 128 ? 4 : 8, kMostWarps = RecurrentBwdLaunch::kMostWarps;
-  static constexpr int kGroups = 32 / Tile::kLanes;         // of a warp, each with its 4 columns
-  static constexpr int kPart = 2 * Tile::kSlice / kGroups;  // of dq and dk, a lane keeps so many
 };
 
-// A block of tokens in shared memory; rows of q, k [kTileK] and of v, then e, dO, u, beta [tile].
+// A block of tokens in shared memory: rows of q, k [kTileK] and of v, then e, dO, u, beta [tile].
 template <class C>
 struct BwdBlock {
-  float *q, *k, *e, *d_o, *u, *beta, *gate, *keys, *scalars;
-  __device__ BwdBlock(float* at, int tile, int warps) {
-    constexpr int n = C::kBlock;
-    q = at, k = q + n * C::kTileK, e = k + n * C::kTileK, d_o = e + n * tile;
-    u = d_o + n * tile, beta = u + n * tile, gate = beta + n * tile;
-    keys = gate + 4 * n, scalars = keys + 4 * warps * C::kTileK;  // two buffers of each
+  float* base;
+  int tile;  // warps are tile / kRowsPerWarp
+  __device__ float* q(int i) const { return base + i * C::kTileK; }
+  __device__ float* k(int i) const { return base + (C::kBlock + i) * C::kTileK; }
+  __device__ float* row(int which, int i) const {
+    return base + 2 * C::kBlock * C::kTileK + (which * C::kBlock + i) * tile;
+  }
+  __device__ float* e(int i) const { return row(0, i); }
+  __device__ float* d_o(int i) const { return row(1, i); }
+  __device__ float* u(int i) const { return row(2, i); }
+  __device__ float* beta(int i) const { return row(3, i); }
+  __device__ float& decay(int i) const { return row(4, 0)[i]; }
+  // of one of two buffers: the warps' sums of a token, [2, kTileK] and two scalars each
+  __device__ float* keys(int buffer) const {
+    return row(4, 0) + C::kBlock + buffer * 2 * C::kTileK * (tile / C::kRowsPerWarp);
+  }
+  __device__ float* scalars(int buffer) const {
+    return keys(2) + buffer * 2 * (tile / C::kRowsPerWarp);
   }
   static int floats(int tile, int warps) {
-    return C::kBlock * (2 * C::kTileK + 4 * tile + 4) + 4 * warps * C::kTileK + 4 * warps;
+    return C::kBlock * (2 * C::kTileK + 4 * tile + 1) + 4 * warps * (C::kTileK + 1);
   }
 };
 
 struct BwdPlace {  // what a CTA works on
-  int64_t b, n, h, key_head;
+  int b, n, h, key_head;
   int v0, tile;
   // of the thread: its lane, its columns within the tile, and the one whose sums it has
   int lane, column, mine;
@@ -90,26 +100,27 @@ __device__ inline void bwd_stage(const RecurrentBwdLaunch& p, const BwdPlace& at
     if (in.l2norm) factor *= 1.0f / sqrtf(lane_sum<32>(sum) + 1e-6f);
 #pragma unroll
     for (int c = 0; c < C::kTileK / 32; ++c)
-      (is_q ? to.q : to.k)[token * C::kTileK + c * 32 + lane] = r[c] * factor;
+      (is_q ? to.q(token) : to.k(token))[c * 32 + lane] = r[c] * factor;
   }
   for (int i = threadIdx.x; i < count * at.tile; i += blockDim.x) {
     const int64_t t = t0 + i / at.tile;
     const int v = at.v0 + i % at.tile;
     const bool inside = v < V;
-    to.e[i] =
+    to.e(0)[i] =
         inside ? to_float(static_cast<const E*>(in.v.data)[offset(in.v, at.b, t, at.h) + v]) : 0;
-    if (all) to.d_o[i] = inside ? load_any(p.args.d_o, offset(p.args.d_o, at.b, t, at.h) + v) : 0;
+    if (all)
+      to.d_o(0)[i] = inside ? load_any(p.args.d_o, offset(p.args.d_o, at.b, t, at.h) + v) : 0;
     float beta = 1;
     if (in.beta.data && inside) {
       beta = load_any(in.beta, offset(in.beta, at.b, t, at.h) + (x.beta_per_channel ? v : 0));
       if (sigmoid_scale > 0) beta = sigmoid_scale * sigmoid(beta);
     }
-    to.beta[i] = beta;
+    to.beta(0)[i] = beta;
   }
   if (threadIdx.x < count) {
     const int64_t t = t0 + threadIdx.x;
     const float g = in.g.data ? gate(head, load_any(in.g, offset(in.g, at.b, t, at.h))) : 0;
-    to.gate[threadIdx.x] = expf(clamp_gate(g));
+    to.decay(threadIdx.x) = expf(clamp_gate(g));
   }
   __syncthreads();
 }
@@ -133,23 +144,14 @@ __device__ inline void bwd_update(typename C::Registers& S, const float* k, floa
 template <class C>
 __device__ inline void bwd_forward(const BwdPlace& at, const BwdBlock<C>& block, int i,
                                    typename C::Registers& S) {
-  const float* const k = block.k + i * C::kTileK + C::k(at.lane, 0);
-  const float decay = block.gate[i];
-  const int own = i * at.tile + at.mine;
+  const float* const k = block.k(i) + C::k(at.lane, 0);
+  const float decay = block.decay(i);
   float read[4] = {}, u[4];
-#pragma unroll
-  for (int n = 0; n < C::kSlice; n += 4) {
-    float a[4];
-    load_shared(k + C::k(0, n), a);
-#pragma unroll
-    for (int w = 0; w < 4; ++w)
-#pragma unroll
-      for (int r = 0; r < 4; ++r) read[r] += S[r][n + w] * a[w];
-  }
-  const float e = block.e[own] - decay * sum_of_row<C::kLanes>(read, at.lane);
-  gather_rows(block.beta[own] * e, u);
+  read_columns<C>(S, [&](int n, float(&a)[4]) { load_shared(k + C::k(0, n), a); }, read);
+  const float e = block.e(i)[at.mine] - decay * sum_of_row<C::kLanes>(read, at.lane);
+  gather_rows(block.beta(i)[at.mine] * e, u);
   __syncwarp();  // all lanes of the column have read v
-  if (at.lane < 4) block.e[own] = e, block.u[own] = block.beta[own] * e;
+  if (at.lane < 4) block.e(i)[at.mine] = e, block.u(i)[at.mine] = block.beta(i)[at.mine] * e;
   bwd_update<C>(S, k, decay, u);
 }
 
@@ -169,54 +171,79 @@ __device__ inline void bwd_restore(const float* from, typename C::Registers& S) 
   for (int r = 0; r < 4; ++r)
 #pragma unroll
     for (int n = 0; n < C::kSlice; n += 4) {
-      const float4 x =
-          reinterpret_cast<const float4*>(from)[(r * C::kSlice + n) / 4 * blockDim.x + threadIdx.x];
+      float4 x{};
+      if (from)
+        x = reinterpret_cast<const float4*>(
+            from)[(r * C::kSlice + n) / 4 * blockDim.x + threadIdx.x];
       S[r][n] = x.x, S[r][n + 1] = x.y, S[r][n + 2] = x.z, S[r][n + 3] = x.w;
     }
 }
 
-// Forward from t0 to end; the state before every `each` tokens goes to its place, from `to` on.
+// Forward from t0 to end, a multiple of `each` tokens; the states after these go to `to`.
 template <class C>
 __device__ inline void bwd_sweep(const RecurrentBwdLaunch& p, const BwdPlace& at,
                                  const HeadGate& head, const BwdBlock<C>& block, int64_t t0,
                                  int64_t end, int64_t each, float* to, int64_t stride,
                                  typename C::Registers& S) {
-  for (int64_t t = t0; t < end; t += C::kBlock) {
-    if ((t - t0) % each == 0) bwd_save<C>(to + (t - t0) / each * stride, S);
-    const int count = end - t < C::kBlock ? int(end - t) : C::kBlock;
-    bwd_stage<C>(p, at, head, t, count, false, block);
-    for (int i = 0; i < count; ++i) bwd_forward<C>(at, block, i, S);
+  for (int64_t t = t0; t < end;) {
+    bwd_stage<C>(p, at, head, t, C::kBlock, false, block);
+    for (int i = 0; i < C::kBlock; ++i) bwd_forward<C>(at, block, i, S);
+    t += C::kBlock;
+    if ((t - t0) % each == 0) bwd_save<C>(to + ((t - t0) / each - 1) * stride, S);
   }
 }
 
-// x, dq and dk of a lane's slice over its columns, summed over the groups of the warp: lane group j
-// keeps the j-th part (bits swapped) of the 2 kSlice numbers, in x[0 .. kPart).
+// The states that were kept: at token 64 i of the sequence, at token kBlock i of the segment, i >
+// 0, and the initial one.
 template <class C>
-__device__ inline void sum_over_groups(float (&x)[2 * C::kSlice]) {
-  int kept = 2 * C::kSlice;
-#pragma unroll
-  for (int mask = C::kLanes; mask < 32; mask *= 2) {
-    kept /= 2;
-    const bool upper = threadIdx.x & mask;
-#pragma unroll
-    for (int i = 0; i < C::kSlice; ++i)
-      if (i < kept) {
-        const float give = upper ? x[i] : x[i + kept];
-        x[i] = (upper ? x[i + kept] : x[i]) + __shfl_xor_sync(0xffffffffu, give, mask);
-      }
+struct BwdStates {
+  float *checkpoints, *starts, *origin;
+  int64_t stride;
+  __device__ BwdStates(const RecurrentBwdLaunch& p, const BwdPlace& at, const Span& span,
+                       int64_t tiles) {
+    const ChunkShape& s = p.shape();
+    const int64_t floats = int64_t(at.tile) * C::kTileK;
+    const int64_t own = (at.h * tiles + at.v0 / at.tile) * floats;
+    stride = s.HV * tiles * floats;
+    checkpoints = p.checkpoints + (at.b * (s.T / s.C) + span.first / s.C) * stride + own;
+    starts = p.starts + own +
+             stride * (p.few_sequences() ? at.n * p.starts_each()
+                                         : at.b * (s.T / C::kBlock) + span.first / C::kBlock);
+    origin = p.origins ? p.origins + at.n * stride + own : nullptr;
   }
-}
-// Where element i of what this lane kept stands in [2, kTileK].
+  // before a block of a segment; null: zeros
+  __device__ const float* before(int64_t segment, int64_t index) const {
+    return index > 0     ? starts + (index - 1) * stride
+           : segment > 0 ? checkpoints + (segment - 1) * stride
+                         : origin;
+  }
+};
+
+// Four elements of dq and of dk of each thread, summed over the groups of lanes of the warp, to
+// their places from element n of the lanes on in `to` [2, kTileK]: the upper half of the warp adds
+// up dk, and with 8 lanes a group every second one the last two elements.
 template <class C>
-__device__ inline int kept_element(int lane, int i) {
-  int first = 0, kept = 2 * C::kSlice;
+__device__ inline void store_group_sums(const float (&dq)[4], const float (&dk)[4], int lane, int n,
+                                        float* to) {
+  constexpr unsigned kAll = 0xffffffffu;
+  const bool upper = threadIdx.x & 16, odd = threadIdx.x & 8;
+  float* const at = to + (upper ? C::kTileK : 0) + C::k(lane, n);
+  if constexpr (C::kLanes == 8) {
+    float sums[2];
 #pragma unroll
-  for (int mask = C::kLanes; mask < 32; mask *= 2) {
-    kept /= 2;
-    if (threadIdx.x & mask) first += kept;
+    for (int i = 0; i < 2; ++i) {
+      const float q = (odd ? dq[2 + i] : dq[i]) + __shfl_xor_sync(kAll, odd ? dq[i] : dq[2 + i], 8);
+      const float k = (odd ? dk[2 + i] : dk[i]) + __shfl_xor_sync(kAll, odd ? dk[i] : dk[2 + i], 8);
+      sums[i] = (upper ? k : q) + __shfl_xor_sync(kAll, upper ? q : k, 16);
+    }
+    *reinterpret_cast<float2*>(at + (odd ? 2 : 0)) = make_float2(sums[0], sums[1]);
+  } else {
+    float sums[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      sums[i] = (upper ? dk[i] : dq[i]) + __shfl_xor_sync(kAll, upper ? dq[i] : dk[i], 16);
+    *reinterpret_cast<float4*>(at) = make_float4(sums[0], sums[1], sums[2], sums[3]);
   }
-  const int element = first + i;
-  return element / C::kSlice * C::kTileK + C::k(lane, element % C::kSlice);
 }
 
 // dv, and dbeta where it is one a channel, of the column whose sums this thread has.
@@ -238,19 +265,18 @@ struct BwdToken {  // sums of a token that are not a row of K: <dS, S~> and du.e
 };
 
 // One token backwards: S is the state before it, dS the gradient of the one after it and then of
-// that before it; x: this thread's dq and dk.
+// that before it; dq and dk of the warp go to `keys`.
 template <class C>
 __device__ inline BwdToken bwd_token(const RecurrentBwdLaunch& p, const BwdPlace& at,
                                      const BwdBlock<C>& block, int64_t t, int i,
-                                     typename C::Registers& S, typename C::Registers& dS,
-                                     float (&x)[2 * C::kSlice]) {
-  const float* const k = block.k + i * C::kTileK + C::k(at.lane, 0);
-  const float* const q = block.q + i * C::kTileK + C::k(at.lane, 0);
-  const int own = i * at.tile + at.mine;
-  const float decay = block.gate[i];
+                                     const typename C::Registers& S, typename C::Registers& dS,
+                                     float* keys) {
+  const float* const k = block.k(i) + C::k(at.lane, 0);
+  const float* const q = block.q(i) + C::k(at.lane, 0);
+  const float decay = block.decay(i);
   float d_o[4], u[4], du[4] = {}, dv[4];
-  load_shared(block.d_o + i * at.tile + at.column, d_o);
-  load_shared(block.u + i * at.tile + at.column, u);
+  load_shared(block.d_o(i) + at.column, d_o);
+  load_shared(block.u(i) + at.column, u);
 #pragma unroll
   for (int n = 0; n < C::kSlice; n += 4) {
     float a[4], b[4];
@@ -264,30 +290,30 @@ __device__ inline BwdToken bwd_token(const RecurrentBwdLaunch& p, const BwdPlace
         du[r] += dS[r][n + w] * b[w];
       }
   }
-  const float du_own = sum_of_row<C::kLanes>(du, at.lane), dv_own = block.beta[own] * du_own;
+  const float du_own = sum_of_row<C::kLanes>(du, at.lane), dv_own = block.beta(i)[at.mine] * du_own;
   gather_rows(dv_own, dv);
-  BwdToken sums{0, at.lane < 4 ? du_own * block.e[own] : 0};
-  bwd_store_value<C>(p, at, t, dv_own, du_own * block.e[own], block.beta[own]);
+  BwdToken sums{0, at.lane < 4 ? du_own * block.e(i)[at.mine] : 0};
+  bwd_store_value<C>(p, at, t, dv_own, du_own * block.e(i)[at.mine], block.beta(i)[at.mine]);
 
   const float u_dO = u[0] * d_o[0] + u[1] * d_o[1] + u[2] * d_o[2] + u[3] * d_o[3];
 #pragma unroll
   for (int n = 0; n < C::kSlice; n += 4) {
-    float b[4];
+    float b[4], dq[4], dk[4] = {};
     load_shared(k + C::k(0, n), b);
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
-      float dq = b[w] * u_dO, dk = 0;
+      dq[w] = b[w] * u_dO;
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         const float s = decay * S[r][n + w];
-        dq += s * d_o[r];
-        dk += dS[r][n + w] * u[r] - s * dv[r];
+        dq[w] += s * d_o[r];
+        dk[w] += dS[r][n + w] * u[r] - s * dv[r];
         const float d = dS[r][n + w] - b[w] * dv[r];
         sums.dg += d * s;
         dS[r][n + w] = decay * d;
       }
-      x[n + w] = dq, x[C::kSlice + n + w] = dk;
     }
+    store_group_sums<C>(dq, dk, at.lane, n, keys);
   }
   return sums;
 }
@@ -295,26 +321,23 @@ __device__ inline BwdToken bwd_token(const RecurrentBwdLaunch& p, const BwdPlace
 // The CTA's sums of a token, from its warps' to memory; the barrier is the token's only one.
 template <class C>
 __device__ inline void bwd_deliver(const RecurrentBwdLaunch& p, const BwdPlace& at,
-                                   const BwdBlock<C>& block, int64_t t, int buffer, BwdToken sums,
-                                   float (&x)[2 * C::kSlice]) {
+                                   const BwdBlock<C>& block, int64_t t, int buffer, BwdToken sums) {
   const ChunkShape& s = p.shape();
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32, K = int(s.K);
-  float* const keys = block.keys + buffer * 2 * warps * C::kTileK;
-  float* const scalars = block.scalars + buffer * 2 * warps;
-  sum_over_groups<C>(x);
-#pragma unroll
-  for (int i = 0; i < C::kPart; ++i)
-    keys[warp * 2 * C::kTileK + kept_element<C>(at.lane, i)] = x[i];
+  float* const keys = block.keys(buffer);
+  float* const scalars = block.scalars(buffer);
   sums.dg = lane_sum<32>(sums.dg), sums.dbeta = lane_sum<32>(sums.dbeta);
   if (threadIdx.x % 32 == 0) scalars[2 * warp] = sums.dg, scalars[2 * warp + 1] = sums.dbeta;
   __syncthreads();
-  const int64_t place = at.v0 / at.tile * p.tokens() * s.HV + (at.b * s.T + t) * s.HV + at.h;
+  const int64_t token = (at.b * s.T + t) * s.HV + at.h;
+  const int64_t place = at.v0 / at.tile * p.tokens() * s.HV + token;
   for (int i = threadIdx.x; i < 2 * C::kTileK; i += blockDim.x)
     if (i % C::kTileK < K)
       p.keys[(place * 2 + i / C::kTileK) * K + i % C::kTileK] =
           tree_sum<C::kMostWarps>(keys + i, 2 * C::kTileK, warps);
   if (threadIdx.x < 2)
-    p.gates[place * 2 + threadIdx.x] = tree_sum<C::kMostWarps>(scalars + threadIdx.x, 2, warps);
+    p.gates[(at.v0 / at.tile * 2 + threadIdx.x) * p.tokens() * s.HV + token] =
+        tree_sum<C::kMostWarps>(scalars + threadIdx.x, 2, warps);
 }
 
 // The tokens behind the last sequence have no gradient.
@@ -337,15 +360,15 @@ __global__ void __launch_bounds__(32 * C::kMostWarps, 1)
   const int warps = blockDim.x / 32, tile = warps * C::kRowsPerWarp, V = int(s.V);
   const int tiles = (V + tile - 1) / tile, v_tile = int(blockIdx.x % tiles);
   BwdPlace at;
-  at.h = blockIdx.x / tiles % s.HV, at.key_head = at.h / s.group(),
-  at.n = blockIdx.x / tiles / s.HV;
-  at.b = p.offsets.data ? 0 : at.n, at.v0 = v_tile * tile, at.tile = tile;
+  at.h = int(blockIdx.x / tiles % s.HV), at.key_head = int(at.h / s.group());
+  at.n = int(blockIdx.x / tiles / s.HV), at.b = p.offsets.data ? 0 : at.n;
+  at.v0 = v_tile * tile, at.tile = tile;
   at.lane = threadIdx.x % C::kLanes, at.column = threadIdx.x / C::kLanes * C::kRows;
   at.mine = at.column + row_of_lane(at.lane);
   if (at.n == p.offsets.N) return bwd_clear<C>(p, at);
 
   extern __shared__ float4 shared[];
-  const BwdBlock<C> block(reinterpret_cast<float*>(shared), tile, warps);
+  const BwdBlock<C> block{reinterpret_cast<float*>(shared), tile};
   const HeadGate head = head_gate(in.pre, at.h);
   const Span span = sequence(p.offsets, at.n);
   StatePlace place{
@@ -358,45 +381,39 @@ __global__ void __launch_bounds__(32 * C::kMostWarps, 1)
       (in.state_v_first ? s.K : V) % 4 == 0 && on_boundary(in.initial_state.data, 16) &&
           on_boundary(p.args.d_final_state.data, 16) && on_boundary(p.args.d_initial_state, 16)};
   typename C::Registers S, dS;
-  const int64_t floats = int64_t(tile) * C::kTileK;
-  const int64_t slot = saved_slot(s, {at.b, span.first, span.last}, at.n);
-  float* const checkpoints = p.checkpoints + ((slot * s.HV + at.h) * tiles + v_tile) * floats;
-  const int64_t stride = s.HV * tiles * floats;
-  float* const starts = p.starts + blockIdx.x * (s.C / C::kBlock) * floats;
-  const int64_t segments = (span.last - span.first + s.C - 1) / s.C;
-  const int64_t last_segment = span.first + (segments - 1) * s.C;
-
+  const BwdStates<C> states(p, at, span, tiles);
+  const int length = int(s.C), begin = int(span.first), last = int(span.last);
+  const int segments = (last - begin + length - 1) / length;
   load_state<C>(in.initial_state.data, place, S);
-  if (segments > 0)
-    bwd_sweep<C>(p, at, head, block, span.first, last_segment, s.C, checkpoints, stride, S);
-  if (segments > 0) bwd_save<C>(checkpoints + (segments - 1) * stride, S);
+  if (states.origin) bwd_save<C>(states.origin, S);
+  bwd_sweep<C>(p, at, head, block, begin, begin + (segments - 1) * length, length,
+               states.checkpoints, states.stride, S);
   load_state<C>(p.args.d_final_state.data, place, dS);
 
   int buffer = 0;
-  for (int64_t segment = segments - 1; segment >= 0; --segment) {
-    const int64_t first = span.first + segment * s.C;
-    const int64_t end = first + s.C < span.last ? first + s.C : span.last;
-    const int64_t last_block = first + (end - first - 1) / C::kBlock * C::kBlock;
-    bwd_restore<C>(checkpoints + segment * stride, S);
-    bwd_sweep<C>(p, at, head, block, first, last_block, C::kBlock, starts, floats, S);
-    bwd_save<C>(starts + (last_block - first) / C::kBlock * floats, S);
-    for (int64_t t0 = last_block; t0 >= first; t0 -= C::kBlock) {
-      const float* const start = starts + (t0 - first) / C::kBlock * floats;
-      const int count = end - t0 < C::kBlock ? int(end - t0) : C::kBlock;
+  for (int segment = segments - 1; segment >= 0; --segment) {
+    const int first = begin + segment * length;
+    const int end = first + length < last ? first + length : last;
+    const int last_block = first + (end - first - 1) / C::kBlock * C::kBlock;
+    bwd_restore<C>(states.before(segment, 0), S);
+    bwd_sweep<C>(p, at, head, block, first, last_block, C::kBlock, states.starts, states.stride, S);
+    for (int t0 = last_block; t0 >= first; t0 -= C::kBlock) {
+      const int count = end - t0 < C::kBlock ? end - t0 : C::kBlock;
+      const float* const before = states.before(segment, (t0 - first) / C::kBlock);
       bwd_stage<C>(p, at, head, t0, count, true, block);
-      bwd_restore<C>(start, S);
+      bwd_restore<C>(before, S);
       for (int i = 0; i < count; ++i) bwd_forward<C>(at, block, i, S);
       __syncwarp();  // e and u are read by all lanes
       for (int i = count - 1; i >= 0; --i, buffer ^= 1) {
-        bwd_restore<C>(start, S);
+        bwd_restore<C>(before, S);
         for (int j = 0; j < i; ++j) {
           float u[4];
-          load_shared(block.u + j * tile + at.column, u);
-          bwd_update<C>(S, block.k + j * C::kTileK + C::k(at.lane, 0), block.gate[j], u);
+          load_shared(block.u(j) + at.column, u);
+          bwd_update<C>(S, block.k(j) + C::k(at.lane, 0), block.decay(j), u);
         }
-        float x[2 * C::kSlice];
-        const BwdToken sums = bwd_token<C>(p, at, block, t0 + i, i, S, dS, x);
-        bwd_deliver<C>(p, at, block, t0 + i, buffer, sums, x);
+        float* const keys = block.keys(buffer) + threadIdx.x / 32 * 2 * C::kTileK;
+        const BwdToken sums = bwd_token<C>(p, at, block, t0 + i, i, S, dS, keys);
+        bwd_deliver<C>(p, at, block, t0 + i, buffer, sums);
       }
     }
   }

@@ -102,8 +102,8 @@ __global__ void __launch_bounds__(RecurrentBwdLaunch::kSumThreads)
     const int64_t b = i / s.T, t = i % s.T, place = i * s.HV + h;
     const bool inside = span_of(p.offsets, b, t).n < p.offsets.N;
     const auto total = [&](int which) {
-      return inside ? tree_sum<kMostTiles>(p.gates + place * 2 + which, tokens * s.HV * 2,
-                                           int(p.tiles()))
+      return inside ? tree_sum<kMostTiles>(p.gates + which * tokens * s.HV + place,
+                                           tokens * s.HV * 2, int(p.tiles()))
                     : 0;
     };
     if (p.args.dg) {

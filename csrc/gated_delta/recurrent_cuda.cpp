@@ -49,14 +49,17 @@ int64_t backward_warps(const RecurrentBwdLaunch& p) {
 }
 
 struct Workspace {  // of the backward, float
-  Tensor checkpoints, starts, keys, gates, sums;
+  Tensor checkpoints, starts, origins, keys, gates, sums;
   Workspace(const Tensor& q, RecurrentBwdLaunch& p) {
     const ChunkShape& s = p.shape();
     const auto floats = [&](int64_t n) { return empty(q, {n}, ScalarType::Float); };
     const auto at = [](const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); };
     const int64_t state = s.HV * p.tiles() * p.state_floats();
     const int64_t results = p.tiles() * p.tokens() * s.HV * 2;
-    checkpoints = floats(p.slots() * state), starts = floats(p.offsets.N * p.blocks() * state);
+    checkpoints = floats(p.checkpoint_slots() * state), starts = floats(p.start_slots() * state);
+    const bool given = p.args.x.in.initial_state.data;
+    origins = floats(given ? p.offsets.N * state : 0);
+    p.origins = given ? at(origins) : nullptr;
     keys = floats(results * s.K), gates = floats(results);
     sums = floats(p.dA_log ? p.sum_rows() * 2 * s.HV : 0);
     p.checkpoints = at(checkpoints), p.starts = at(starts), p.keys = at(keys);
@@ -97,7 +100,7 @@ RecurrentGradients bwd(const Tensor& d_o_, const OptTensor& d_final_state_, cons
   const Workspace work(q, p);
   Launch launch(in.q, in.k, in.v, in.g, in.beta, in.initial_state, in.A_log, in.dt_bias, cu_seqlens,
                 d_o, d_final_state, dq, dk, dv, dg, dbeta, dh0, dA_log, ddt_bias, work.checkpoints,
-                work.starts, work.keys, work.gates, work.sums);
+                work.starts, work.origins, work.keys, work.gates, work.sums);
   by_type(dtype(q), &recurrent_bwd_f32_cuda, &recurrent_bwd_bf16_cuda, &recurrent_bwd_f16_cuda)(
       p, launch.stream());
   recurrent_bwd_sums_cuda(p, launch.stream());

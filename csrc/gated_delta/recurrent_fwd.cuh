@@ -162,27 +162,6 @@ __device__ inline void store_channels(const RecurrentInputs& x, const RecurrentP
   }
 }
 
-// x[r] += sum over this lane's slice of S[r] y, y a row of shared memory; kRows a second factor.
-template <class C>
-__device__ inline void read_out(const typename C::Registers& S, const float* y, const float* rows,
-                                float (&x)[4]) {
-#pragma unroll
-  for (int n = 0; n < C::kSlice; n += 4) {
-    float a[4];
-    load_shared(y + C::k(0, n), a);
-    if constexpr (C::kChannels) {
-      float d[4];
-      load_shared(rows + C::k(0, n), d);
-#pragma unroll
-      for (int w = 0; w < 4; ++w) a[w] *= d[w];
-    }
-#pragma unroll
-    for (int w = 0; w < 4; ++w)
-#pragma unroll
-      for (int r = 0; r < 4; ++r) x[r] += S[r][n + w] * a[w];
-  }
-}
-
 // S <- D S + k u^T and x[r] += S[r] q.
 template <class C>
 __device__ inline void update(typename C::Registers& S, const float* k, const float* q,
@@ -274,7 +253,18 @@ __global__ void __launch_bounds__(C::kMaxThreads)
         own *= block.decay[i * tile + mine], beta *= block.beta[i * tile + mine];
       }
       float read[4] = {}, u[4], out[4] = {};
-      read_out<C>(S, k, rows, read);
+      read_columns<C>(
+          S,
+          [&](int n, float(&a)[4]) {
+            load_shared(k + C::k(0, n), a);
+            if constexpr (C::kChannels) {
+              float d[4];
+              load_shared(rows + C::k(0, n), d);
+#pragma unroll
+              for (int w = 0; w < 4; ++w) a[w] *= d[w];
+            }
+          },
+          read);
       const float e = block.v[i * tile + mine] - own * sum_of_row<C::kLanes>(read, lane);
       gather_rows(beta * e, u);
       update<C>(S, k, q, rows, decay, u, out);

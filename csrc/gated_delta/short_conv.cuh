@@ -7,12 +7,13 @@
 // gradients, where z is computed again. The rows that the taps reach are in registers, so that HBM
 // sees each element once; kStep tokens are requested together. A chunk (128 tokens forward, 256
 // backward) reads kTaps - 1 rows of its neighbour again, backward of x, and of dy after it, too.
-// The taps, [D,W] of any type, come through shared memory, which makes their accesses whole
-// sectors: 4 (W + 1) bytes a channel, at most 21 KB; a thread's part has an odd length, so that no
-// two of them share a bank. Rows of single elements take the same way to the same bits. Registers:
-// kTaps kVec of taps, of rows, backward of dz and sums as well; at most 168 and 255. Bytes an
-// element: 2 e forward, 3 e backward (e bytes an element), partial sums of the taps 4 (W + 1) a
-// channel and chunk. FLOPs: 2 W + 15, backward 6 W + 25: bound by memory.
+// The taps, [D,W] of any type, and the bias come through shared memory, so that their accesses fill
+// whole sectors: 4 (W + 1) bytes a channel, at most 21 KB. A thread's part has an odd length, which
+// keeps reads free of bank conflicts; stores are up to 2-way. Rows of single elements take the same
+// way to the same bits.
+// Registers: kTaps kVec of taps, of rows, backward of dz and sums as well; at most 168 and 255.
+// Bytes an element: 2 e forward, 3 e backward (e bytes an element), partial sums of the taps 4 (W +
+// 1) a channel and chunk. FLOPs: 2 W + 15, backward 6 W + 25: bound by memory.
 #pragma once
 #include "common/cuda/pack.cuh"
 #include "common/cuda/sequences.cuh"
@@ -60,23 +61,26 @@ __device__ inline ConvPlace conv_place(const ConvDeviceInputs& in, int64_t token
 template <class C>
 __device__ inline void conv_taps(const ConvDeviceInputs& in, int64_t c, float* shared,
                                  float (&tap)[C::kTaps][C::kVec], float (&bias)[C::kVec]) {
-  const int W = int(in.W), mine = C::kVec * W, stride = mine | 1;
+  const int W = int(in.W), mine = C::kVec * W, stride = (mine + C::kVec) | 1;
   const int64_t first = c - threadIdx.x * C::kVec, last = in.D * W;
+  for (int i = threadIdx.x; i < kConvThreads * C::kVec; i += kConvThreads)
+    shared[i / C::kVec * stride + mine + i % C::kVec] =
+        in.bias.data && first + i < in.D ? load_any(in.bias, first + i) : 0;
   for (int i = threadIdx.x; i < kConvThreads * mine; i += kConvThreads)
     if (first * W + i < last)
       shared[i / mine * stride + i % mine] = load_any(in.weight, first * W + i);
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < C::kVec; ++i) {
-    bias[i] = in.bias.data && c + i < in.D ? load_any(in.bias, c + i) : 0;
+    bias[i] = shared[threadIdx.x * stride + mine + i];
 #pragma unroll
     for (int k = 0; k < C::kTaps; ++k)
       tap[k][i] = k < W && c + i < in.D ? shared[threadIdx.x * stride + i * W + W - 1 - k] : 0;
   }
 }
 template <class C>
-size_t conv_shared(const ConvDeviceInputs& in) {
-  return kConvThreads * ((C::kVec * in.W) | 1) * sizeof(float);
+constexpr int conv_tap_floats(int64_t W) {
+  return kConvThreads * ((C::kVec * (int(W) + 1)) | 1);
 }
 
 // The row of x at token t, from memory or element by element from the history.
@@ -209,8 +213,9 @@ void conv_fwd_launch(const ConvDeviceFwd& p, const Offsets& offsets, void* strea
   if (in.B * in.T * in.D != 0)
     conv_dispatch<E>(in, p.y, nullptr, [&](auto config) {
       using C = decltype(config);
-      conv_fwd_kernel<C><<<conv_grid<C>(in, false), kConvThreads, conv_shared<C>(in), stream>>>(
-          p, offsets, in.chunk(false));
+      conv_fwd_kernel<C>
+          <<<conv_grid<C>(in, false), kConvThreads, conv_tap_floats<C>(in.W) * sizeof(float),
+             stream>>>(p, offsets, in.chunk(false));
     });
   const int64_t states = in.N * in.D * (in.W - 1);
   if (p.final_state && states != 0)

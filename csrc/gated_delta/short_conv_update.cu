@@ -3,10 +3,10 @@
 //
 // CTA = (row, 128 channels), a channel a thread. The state goes through shared memory in both
 // directions, so that a contiguous one is moved in whole sectors; the CTA has read its part before
-// it writes it. Shared memory: 128 ((W-1) | 1) floats of state and as many of taps, at most 8 KB;
-// odd lengths a channel keep reads free of bank conflicts. Registers: at most 64. Bytes a channel:
-// (2 W - 2 + 2 T) e, and 4 W of float taps. FLOPs: (2 W + 10) T. For a few rows bound by latency,
-// for many by memory: the state is three times what x is at W = 4 and T = 1.
+// it writes it. Shared memory: 128 ((W-1) | 1) floats of state, 128 ((W+1) | 1) of taps, at most 8
+// KB; odd lengths a channel keep reads free of bank conflicts. Registers: at most 64. Bytes a
+// channel: (2 W - 2 + 2 T) e, and 4 W of float taps. FLOPs: (2 W + 10) T. For a few rows bound by
+// latency, for many by memory: the state is three times what x is at W = 4 and T = 1.
 #include "gated_delta/short_conv.cuh"
 
 namespace df::cuda {
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kConvThreads, 8)
   const int64_t columns = (in.D + kConvThreads - 1) / kConvThreads;
   const int64_t b = blockIdx.x / columns, first = blockIdx.x % columns * kConvThreads;
   const int64_t c = first + threadIdx.x;
-  float* const slots_of_all = shared + kConvThreads * (W | 1);
+  float* const slots_of_all = shared + conv_tap_floats<C>(W);
   float* const mine = slots_of_all + threadIdx.x * stride;
   E* const state = static_cast<E*>(p.state);
 
@@ -60,7 +60,8 @@ template <class E>
 void conv_update_launch(const ConvDeviceUpdate& p, void* stream) {
   const int64_t columns = (p.in.D + kConvThreads - 1) / kConvThreads;
   if (p.in.B * columns == 0) return;
-  const size_t floats = kConvThreads * ((p.in.W | 1) + ((p.in.W - 1) | 1));
+  const size_t floats =
+      conv_tap_floats<ConvConfig<E, false, 8>>(p.in.W) + kConvThreads * ((p.in.W - 1) | 1);
   conv_update_kernel<E><<<unsigned(p.in.B * columns), kConvThreads, floats * sizeof(float),
                           static_cast<cudaStream_t>(stream)>>>(p);
 }

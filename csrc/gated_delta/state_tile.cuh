@@ -83,6 +83,20 @@ __device__ inline void store_state(void* state, const StatePlace& at,
     at.v_first ? store_pieces<C, true, 1>(to, at, S) : store_pieces<C, false, 1>(to, at, S);
 }
 
+// x[r] += sum over this lane's slice of S[r] y; row(n, a) gives y's four elements from n on.
+template <class C, class Row>
+__device__ inline void read_columns(const typename C::Registers& S, Row row, float (&x)[4]) {
+#pragma unroll
+  for (int n = 0; n < C::kSlice; n += 4) {
+    float a[4];
+    row(n, a);
+#pragma unroll
+    for (int w = 0; w < 4; ++w)
+#pragma unroll
+      for (int r = 0; r < 4; ++r) x[r] += S[r][n + w] * a[w];
+  }
+}
+
 // The sum over kLanes lanes of x[row], row being the caller's: lanes l, l ^ 4, ... share one.
 __device__ inline int row_of_lane(int lane) {
   return (lane & 1) * 2 + (lane >> 1 & 1);
