@@ -6,12 +6,15 @@
 // A row of at most 32 pieces of 128 bits is held by the next power of two of lanes, so that a warp
 // works on 1 to 32 rows; a wider one by a warp, the first 4 pieces a lane in registers, the rest
 // read again (from L2). The weight's part of a lane stays in registers while it walks down its
-// rows. Rows that are not 16-byte aligned are made of pieces of one element. CTA = 8 warps;
-// backward two CTAs an SM, each with a contiguous part of the rows and one partial sum of dweight:
-// sums in registers, then over the groups of lanes of the CTA through shared memory (8 KB), in a
-// fixed order. Warps with wide rows have a partial sum each, in memory where it is not held.
-// Registers: at most 64 forward and 128 backward, 128 and 255 for wide rows. Bytes an element: 2 e,
-// with a gate 3 e; backward 3 e and 5 e (e bytes an element). FLOPs: 4 to 40. Bound by memory.
+// rows. Rows that are not 16-byte aligned are made of pieces of one element.
+//
+// CTA = 8 warps; backward two CTAs an SM, each with a contiguous part of the rows and one partial
+// sum of dweight: in registers, then over the groups of lanes through shared memory, in a fixed
+// order. Warps with wide rows have a partial sum each, in memory where it is not held.
+// Shared memory: backward 1 KB a piece's element, at most 8.1 KB, free of bank conflicts.
+// Registers: at most 64 forward and 128 backward, 128 and 255 for wide rows.
+// Bytes an element: 2 e, with a gate 3 e; backward 3 e and 5 e (e bytes an element). FLOPs: 4
+// to 40. Bound by memory.
 #pragma once
 #include "common/cuda/column_sums.cuh"
 #include "common/cuda/math.cuh"

@@ -13,14 +13,15 @@
 //   equations above.
 // dq and dk of a token are sums over V: within a thread, over the groups of a warp by shuffles that
 // leave each lane its part, over warps through shared memory (two buffers, one barrier a token);
-// the sums over V tiles and heads are recurrent_bwd_sums.cu's. All sums over V are binary trees
-// over the warps' columns, the same for every cut into tiles: no bit depends on the grid. Shared
-// memory: a block's rows 8 (2 kTileK + 4 tile + 2) floats, partial sums 4 warps kTileK: 41 KB at K
-// = V = 128, at most 45 KB. Registers: 64 to 128 of states; at most 255, 8 warps an SM. Bytes a
-// token and value head: q, k a V tile and sweep (from L2 beyond the first), v, dO, dv; 8 K of
-// partial sums; states 4 K V / 64 twice and 4 K V / 8 twice, mostly from L2. FLOPs: about 45 K a
-// value column. Bound by latency while there are few sequences and heads, else by the
-// multiply-adds.
+// those over V tiles and heads are recurrent_bwd_sums.cu's. All sums over V are binary trees over
+// the warps' columns, the same for every cut into tiles: no bit depends on the grid.
+//
+// Shared memory: 32 (2 kTileK + 4 tile + 1) bytes of a block and 16 (kTileK + 1) a warp of sums: 41
+// KB at K = V = 128, at most 45 KB. Registers: 64 or 128 of states; at most 255, 8 warps an SM.
+// Bytes a token and value head: q, k a V tile and sweep (from L2 beyond the first), v, dO, dv; 8 K
+// of partial sums; states of 4 K V every 64 and every 8 tokens, out and in (mostly L2).
+// FLOPs: about 42 K a value column, 16 K of them the gradients'. Bound by the latency of a token
+// while there are few sequences and heads, else by the multiply-adds.
 #pragma once
 #include "common/cuda/reduce.cuh"
 #include "common/cuda/sequences.cuh"

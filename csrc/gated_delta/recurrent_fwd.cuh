@@ -14,8 +14,7 @@
 // Registers: 32 to 64 of state, 8 to 32 of requested rows; at most 168, 3 CTAs of 4 warps an SM.
 // Bytes a token: q and k once a V tile (from L2 beyond the first), v and o once. Sums over K: 5 or
 // 6 shuffles for four columns. FLOPs: 7 K a value column. Bound by the latency of a token (two
-// reductions and 3 kSlice kRows dependent multiply-adds, about 400 cycles) while there are few
-// sequences and heads, else by the multiply-adds.
+// reductions over lanes) while there are few sequences and heads, else by the multiply-adds.
 #pragma once
 #include "common/cuda/reduce.cuh"
 #include "common/cuda/sequences.cuh"

@@ -3,10 +3,11 @@
 //
 // CTA = (row, 128 channels), a channel a thread. The state goes through shared memory in both
 // directions, so that a contiguous one is moved in whole sectors; the CTA has read its part before
-// it writes it. Shared memory: 128 ((W-1) | 1) floats of state, 128 ((W+1) | 1) of taps, at most 8
-// KB; odd lengths a channel keep reads free of bank conflicts. Registers: at most 64. Bytes a
-// channel: (2 W - 2 + 2 T) e, and 4 W of float taps. FLOPs: (2 W + 10) T. For a few rows bound by
-// latency, for many by memory: the state is three times what x is at W = 4 and T = 1.
+// it writes it. Shared memory: 128 ((W-1) | 1) floats of state and 128 ((W+1) | 1) of taps, at most
+// 8 KB; odd lengths a channel keep reads free of bank conflicts. Registers: at most 64.
+// Bytes a channel: (2 W - 2 + 2 T) e, and 4 W of float taps. FLOPs: (2 W + 10) T.
+// For a few rows bound by latency, for many by memory: the state is three times what x is at W = 4
+// and T = 1.
 #include "gated_delta/short_conv.cuh"
 
 namespace df::cuda {
