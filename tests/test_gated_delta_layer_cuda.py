@@ -181,12 +181,19 @@ def test_a_sequence_does_not_depend_on_the_batch(emulated, K):
 @pytest.mark.parametrize("offsets", [[0, 9, 4], [3, 5], [0, 40], [-7, 2]], ids=str)
 def test_wrong_offsets_leave_no_row(emulated_with, offsets):
     """Nobody checks offsets on a GPU; whatever they say, accesses stay within the tensors."""
-    rule = make(Case(T=9, HV=2, K=8, V=12, lengths=offsets[1:]))
-    rule["cu_seqlens"] = torch.tensor(offsets)
-    x = conv_inputs((1, 9, 24, 4), states=len(offsets) - 1)
+    cu_seqlens, states = torch.tensor(offsets), len(offsets) - 1
+    x = [t.detach() for t in make(Case(T=9, HV=2, K=8, V=12, lengths=offsets[1:])).values()][:6]
+    q, k, v, g, beta, state = x
+    rest = (cu_seqlens, None, None, 0.3, False, 0.0, False)
+    conv_x, *parameters = conv_inputs((1, 9, 24, 4), states=states)
+    fwd, bwd, conv_fwd, conv_bwd = (
+        getattr(getattr(torch.ops, _library._current), name) for name in (*NAMES[:2], *NAMES[2:4])
+    )
     with emulated_with(strict=True):
-        outputs_and_gradients(fused_recurrent_gated_delta_rule, rule)
-        run(conv, (*x, torch.tensor(offsets)))
+        o, final = fwd(q, k, v, g, None, None, beta, state, *rest, True)
+        bwd(o, final, q, k, v, g, beta, state, *rest)
+        y, last = conv_fwd(conv_x, *parameters, cu_seqlens, True, True)
+        conv_bwd(y, last, conv_x, *parameters, cu_seqlens, True)
 
 
 def profiles(emulated, function, tensors):

@@ -19,6 +19,8 @@
 // Bytes a CTA: its part of S once in and once out, 2 K + 2 tile elements a token.
 // FLOPs: 6 K tile a token. Bound by memory: 0.75 FLOP a byte for one token and a float state.
 #pragma once
+#include "common/cuda/load.cuh"
+#include "common/cuda/math.cuh"
 #include "common/cuda/reduce.cuh"
 #include "gated_delta/decode.h"
 #include "gated_delta/input.cuh"
@@ -97,7 +99,7 @@ __device__ inline void decode_stage(const DecodeArgs& p, const DecodeRow& at, fl
     float a = load_any(p.a, offset(p.a, at.b, t, at.h));
     if (p.dt_bias.data) a += load_any(p.dt_bias, at.h);
     const float g = -expf(load_any(p.A_log, at.h)) * softplus(a);
-    sGate[2 * t] = expf(clamp_gate(g));
+    sGate[2 * t] = expf(g < -88 ? -88 : g);  // not fmaxf: NaN stays NaN
     sGate[2 * t + 1] = sigmoid(load_any(p.b, offset(p.b, at.b, t, at.h)));
   }
 }

@@ -12,7 +12,7 @@
 #include "common/cuda/pack.cuh"
 #include "gated_delta/gate.h"
 #include "gated_delta/gate_sums.cuh"
-#include "gated_delta/input.cuh"
+#include "gated_delta/head_gate.cuh"
 
 namespace df::cuda {
 namespace {
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     Pack<E, kVec> da;
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
-      const float x = a[i] + head[i].dt_bias, scaled = dg[i] * head[i].rate;
+      const float x = a[i] + head[i].bias, scaled = dg[i] * head[i].rate;
       const float d = scaled * sigmoid(x);
       da.set(i, d);
       sums[i] += scaled * softplus(x), sums[kVec + i] += d;

@@ -15,7 +15,7 @@
 #include "common/cuda/reduce.cuh"
 #include "common/cuda/sequences.cuh"
 #include "gated_delta/gate_sums.cuh"
-#include "gated_delta/input.cuh"
+#include "gated_delta/head_gate.cuh"
 #include "gated_delta/recurrent.h"
 #include "gated_delta/tree.cuh"
 
@@ -78,8 +78,8 @@ struct GateGradient {
 __device__ inline GateGradient gate_gradient(const HeadGate& head, float raw, float dg) {
   const float g = gate(head, raw);
   if (g < -88) return {0, {0, 0}};
-  if (head.given) return {dg, {0, 0}};
-  const float da = dg * head.rate * sigmoid(raw + head.dt_bias);
+  if (!head.fused) return {dg, {0, 0}};
+  const float da = dg * head.rate * sigmoid(raw + head.bias);
   return {da, {dg * g, da}};
 }
 

@@ -18,7 +18,7 @@
 #pragma once
 #include "common/cuda/reduce.cuh"
 #include "common/cuda/sequences.cuh"
-#include "gated_delta/input.cuh"
+#include "gated_delta/head_gate.cuh"
 #include "gated_delta/recurrent.h"
 #include "gated_delta/state_tile.cuh"
 

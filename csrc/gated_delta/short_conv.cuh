@@ -15,6 +15,7 @@
 // Bytes an element: 2 e forward, 3 e backward (e bytes an element), partial sums of the taps 4 (W +
 // 1) a channel and chunk. FLOPs: 2 W + 15, backward 6 W + 25: bound by memory.
 #pragma once
+#include "common/cuda/math.cuh"
 #include "common/cuda/pack.cuh"
 #include "common/cuda/sequences.cuh"
 #include "gated_delta/input.cuh"

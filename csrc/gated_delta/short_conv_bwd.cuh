@@ -22,30 +22,34 @@ __device__ inline float conv_passed(const ConvDeviceBwd& p, int64_t n, int64_t c
 template <class C>
 struct ConvWalk {
   float tap[C::kTaps][C::kVec], bias[C::kVec];
-  float rows[C::kTaps][C::kVec], dz[C::kTaps][C::kVec];
+  typename C::Row rows[C::kTaps];  // as in memory, which takes half of the registers in 16 bits
+  float dz[C::kTaps][C::kVec];
   float sums[C::kTaps + 1][C::kVec];  // the last one is the bias's
 
   // to the token before: its dy, and the row of the oldest tap
+  template <bool kSums>
   __device__ void step(const ConvDeviceInputs& in, const typename C::Row& dy,
                        const typename C::Row& oldest) {
+    const int W = int(in.W);
     conv_shift(dz);
 #pragma unroll
-    for (int k = 0; k + 1 < C::kTaps; ++k)
-#pragma unroll
-      for (int i = 0; i < C::kVec; ++i) rows[k][i] = rows[k + 1][i];
-    conv_widen<C>(oldest, rows[C::kTaps - 1]);
+    for (int k = 0; k + 1 < C::kTaps; ++k) rows[k] = rows[k + 1];
+    rows[C::kTaps - 1] = oldest;
 #pragma unroll
     for (int i = 0; i < C::kVec; ++i) {
-      dz[0][i] = dy[i];
-      if (in.silu) dz[0][i] *= conv_slope(true, conv_sum(tap, rows, int(in.W), i, bias[i]));
-    }
-  }
-  __device__ void add_sums() {
+      float x[C::kTaps], z = bias[i], d = dy[i];
 #pragma unroll
-    for (int i = 0; i < C::kVec; ++i) {
+      for (int k = C::kTaps - 1; k >= 0; --k) {
+        x[k] = rows[k][i];
+        if (k < W) z = __fmaf_rn(tap[k][i], x[k], z);
+      }
+      if (in.silu) d *= conv_slope(true, z);
+      dz[0][i] = d;
+      if constexpr (kSums) {
 #pragma unroll
-      for (int k = 0; k < C::kTaps; ++k) sums[k][i] = __fmaf_rn(dz[0][i], rows[k][i], sums[k][i]);
-      sums[C::kTaps][i] += dz[0][i];
+        for (int k = 0; k < C::kTaps; ++k) sums[k][i] = __fmaf_rn(d, x[k], sums[k][i]);
+        sums[C::kTaps][i] += d;
+      }
     }
   }
   __device__ void store_sums(const ConvDeviceBwd& p, const ConvPlace& at) const {
@@ -93,10 +97,8 @@ __global__ void __launch_bounds__(kConvThreads, 2)
     const int64_t reach = t + W < span.last ? t + W : span.last;
 #pragma unroll
     for (int k = 0; k < C::kTaps; ++k) {
-      typename C::Row row;
-      row.zero();
-      if (k > 0) conv_row<C>(in, span, at, reach - k, row);
-      conv_widen<C>(row, walk.rows[k]);
+      walk.rows[k].zero();
+      if (k > 0) conv_row<C>(in, span, at, reach - k, walk.rows[k]);
 #pragma unroll
       for (int i = 0; i < C::kVec; ++i) walk.dz[k][i] = 0;
     }
@@ -104,7 +106,7 @@ __global__ void __launch_bounds__(kConvThreads, 2)
       typename C::Row g, oldest;
       g.load(dy + after * p.dy.t);
       conv_row<C>(in, span, at, after - C::kTaps + 1, oldest);
-      walk.step(in, g, oldest);
+      walk.template step<false>(in, g, oldest);
     }
     for (; t >= begin; t -= C::kBackStep) {
       typename C::Row g[C::kBackStep], oldest[C::kBackStep];
@@ -117,8 +119,7 @@ __global__ void __launch_bounds__(kConvThreads, 2)
 #pragma unroll
       for (int u = 0; u < C::kBackStep; ++u) {
         if (t - u < begin) break;
-        walk.step(in, g[u], oldest[u]);
-        walk.add_sums();
+        walk.template step<true>(in, g[u], oldest[u]);
         typename C::Row out;
 #pragma unroll
         for (int i = 0; i < C::kVec; ++i)
