@@ -38,9 +38,9 @@ VARIANTS = {
 }
 
 
-def make(**options):
+def make(device="cpu", **options):
     torch.manual_seed(0)
-    return GatedDeltaNet(**{**SIZES, **options})
+    return GatedDeltaNet(**{**SIZES, **options}).to(device)
 
 
 def loss_and_gradients(layer, x):
@@ -102,10 +102,10 @@ def test_loads_checkpoints_of_other_options(option):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_gradients_against_float64(name):
-    layer = make(**VARIANTS[name])
+def test_gradients_against_float64(device, name):
+    layer = make(device, **VARIANTS[name])
     exact = copy.deepcopy(layer).double()
-    x = normal(2, 70, 40)
+    x = normal(2, 70, 40).to(device)
     actual = loss_and_gradients(layer, x)
     with _library.use("reference"):
         expected = loss_and_gradients(exact, x.double())
@@ -125,9 +125,9 @@ class ListCache(list):
 
 @pytest.mark.parametrize("cache", [GatedDeltaNetCache, ListCache])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_prefill_and_decode_are_the_full_forward(name, cache):
-    layer = make(**VARIANTS[name]).eval()
-    x, cache = normal(2, 90, 40), cache()
+def test_prefill_and_decode_are_the_full_forward(device, name, cache):
+    layer = make(device, **VARIANTS[name]).eval()
+    x, cache = normal(2, 90, 40).to(device), cache()
     with torch.no_grad():
         full = layer(x)[0]
         # longer and shorter than what the recurrent form takes; then token by token
@@ -141,8 +141,8 @@ def test_prefill_and_decode_are_the_full_forward(name, cache):
         assert cache.get_seq_length(0) == 90 and len(cache) == 1 and 0 in cache
 
 
-def test_gradients_flow_through_the_cache():
-    layer, x = make(), normal(1, 80, 40).requires_grad_()
+def test_gradients_flow_through_the_cache(device):
+    layer, x = make(device), normal(1, 80, 40).to(device).requires_grad_()
     _, _, cache = layer(x[:, :70], use_cache=True)
     o, _, _ = layer(x[:, 70:], past_key_values=cache, use_cache=True)
     full = layer(x)[0][:, 70:]
@@ -152,9 +152,9 @@ def test_gradients_flow_through_the_cache():
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padded_rows_equal_unpadded_ones(side):
-    layer, x, lengths = make().eval(), normal(3, 70, 40), (70, 1, 33)
-    mask = torch.zeros(3, 70, dtype=torch.int64)
+def test_padded_rows_equal_unpadded_ones(device, side):
+    layer, x, lengths = make(device).eval(), normal(3, 70, 40).to(device), (70, 1, 33)
+    mask = torch.zeros(3, 70, dtype=torch.int64, device=device)
     rows = []
     for b, n in enumerate(lengths):
         span = slice(70 - n, 70) if side == "left" else slice(0, n)
@@ -162,7 +162,7 @@ def test_padded_rows_equal_unpadded_ones(side):
         rows.append(x[b : b + 1, span])
     with torch.no_grad():
         o, _, cache = layer(x.masked_fill(mask[..., None] == 0, torch.nan), mask, use_cache=True)
-        follow = normal(3, 1, 40)
+        follow = normal(3, 1, 40).to(device)
         mask = torch.cat([mask, mask.new_ones(3, 1)], 1)
         next_o = layer(follow, mask, past_key_values=cache, use_cache=True)[0]
         for b, row in enumerate(rows):
@@ -173,17 +173,20 @@ def test_padded_rows_equal_unpadded_ones(side):
     assert o[mask[:, :70] == 0].eq(0).all()
 
 
-def test_padding_has_no_gradient():
-    layer, x = make(), normal(2, 70, 40).requires_grad_()
-    mask = torch.ones(2, 70)
+def test_padding_has_no_gradient(device):
+    layer, x = make(device), normal(2, 70, 40).to(device).requires_grad_()
+    mask = torch.ones(2, 70, device=device)
     mask[0, :50] = 0
     layer(x, mask)[0].sum().backward()
     assert x.grad[0, :50].eq(0).all() and x.grad[0, 50:].ne(0).any()
 
 
-def test_nothing_leaks_between_packed_sequences():
-    layer, x = make(), normal(1, 150, 40)
-    offsets = torch.tensor([0, 3, 3, 80, 140])  # an empty one, and 10 tokens of padding
+@pytest.mark.parametrize("mode", ["chunk", "fused_recurrent"])
+def test_nothing_leaks_between_packed_sequences(device, mode):
+    layer, x = make(device, mode=mode), normal(1, 150, 40).to(device)
+    offsets = torch.tensor(
+        [0, 3, 3, 80, 140], device=device
+    )  # an empty one, and 10 tokens of padding
     packed = layer(x, cu_seqlens=offsets)[0]
     for a, b in zip(offsets[:-1], offsets[1:], strict=True):
         if a < b:
@@ -191,10 +194,10 @@ def test_nothing_leaks_between_packed_sequences():
     assert packed[:, 140:].eq(0).all()
 
 
-def test_bfloat16_autocast_and_module():
-    layer, x = make(), normal(2, 70, 40)
+def test_bfloat16_autocast_and_module(device):
+    layer, x = make(device), normal(2, 70, 40).to(device)
     expected = layer(x)[0]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         o = layer(x)[0]
     o.float().square().sum().backward()
     assert o.dtype == torch.bfloat16
@@ -252,10 +255,10 @@ def test_initial_values():
     assert 0.45 < bound <= 0.5  # nn.Conv1d's with 4 taps
 
 
-def test_small_modules():
-    norm, x = GatedRMSNorm(12), normal(2, 5, 12)
+def test_small_modules(device):
+    norm, x = GatedRMSNorm(12).to(device), normal(2, 5, 12).to(device)
     torch.testing.assert_close(norm(x), torch.nn.functional.rms_norm(x, (12,), eps=1e-5))
-    convolution = ShortConvolution(12, 3, bias=True)
+    convolution = ShortConvolution(12, 3, bias=True).to(device)
     y, state = convolution(x, output_final_state=True)
     with torch.no_grad():
         part, state_in_place = convolution(x[:, :3], output_final_state=True)

@@ -24,7 +24,8 @@ from gated_delta_cases import (
 )
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-# backward keeps a state every 64 tokens; forward cuts columns into tiles of 32 KB of state
+# backward keeps a state every 64 tokens; forward cuts columns into tiles of 32 KB of state, on CUDA
+# of 16 columns a warp (8 above K = 128)
 CASES = {
     "one_token": Case(B=3, T=1, H=2, HV=2, K=64, V=64),  # as in decoding
     "smallest": Case(T=3, H=2, HV=2, K=1, V=1, dht=False),
@@ -49,15 +50,15 @@ def detached(x):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_outputs_and_gradients(name, dtype):
-    check(make(CASES[name], dtype), dht=CASES[name].dht)
+def test_outputs_and_gradients(device, name, dtype):
+    check(make(CASES[name], dtype, device), dht=CASES[name].dht)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["next_segment", "packed"])
-def test_preactivations_in_the_kernel(name, dtype):
+def test_preactivations_in_the_kernel(device, name, dtype):
     # beta up to 2 amplifies the rounding of bfloat16 inputs: twice the limit
-    check(make(CASES[name], dtype, fused=True), 2, **FUSED)
+    check(make(CASES[name], dtype, device, fused=True), 2, **FUSED)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -97,24 +98,24 @@ GATES = {
 
 
 @pytest.mark.parametrize("name", GATES)
-def test_gate_regimes(name):
-    x = make(SMALL)
+def test_gate_regimes(device, name):
+    x = make(SMALL, device=device)
     with torch.no_grad():
         x["g"].copy_(GATES[name](torch.rand(x["g"].shape, generator=torch.Generator())))
     actual, expected = check(x)
-    total, exact = ((x["g"].clamp(min=-88) * r["dg"]).sum() for r in (actual, expected))
+    total, exact = ((x["g"].cpu().clamp(min=-88) * r["dg"].cpu()).sum() for r in (actual, expected))
     if exact.abs() > SMALLEST:
         assert_close("sum g dg", total, exact, 1e-4)
 
 
-def test_minus_infinity_is_a_reset():
-    x = detached(make(SMALL, torch.float64))
+def test_minus_infinity_is_a_reset(device):
+    x = detached(make(SMALL, torch.float32, device))
     x["g"][:, 40] = -torch.inf
     o, ht = fused_recurrent_gated_delta_rule(**x, output_final_state=True)
     tail = {name: x[name][:, 40:] for name in ("q", "k", "v", "g", "beta")}
     o_tail, ht_tail = fused_recurrent_gated_delta_rule(**tail, output_final_state=True)
-    assert_close("o", o[:, 40:], o_tail, 1e-12)
-    assert_close("ht", ht, ht_tail, 1e-12)
+    assert_close("o", o[:, 40:], o_tail, 1e-6)
+    assert_close("ht", ht, ht_tail, 1e-6)
 
 
 BETAS = {
@@ -127,19 +128,19 @@ BETAS = {
 
 
 @pytest.mark.parametrize("name", BETAS)
-def test_write_strengths(name):
-    x = make(SMALL)
+def test_write_strengths(device, name):
+    x = make(SMALL, device=device)
     with torch.no_grad():
         x["beta"].copy_(BETAS[name](torch.rand(x["beta"].shape, generator=torch.Generator())))
     check(x, 2)
 
 
-def test_identical_keys_stay_finite():
-    x = detached(make(Case(T=300, HV=1, K=64, V=64)))
+def test_identical_keys_stay_finite(device):
+    x = detached(make(Case(T=300, HV=1, K=64, V=64), device=device))
     x["k"][:], x["beta"][:], x["g"][:] = x["k"][:, :1].clone(), 1.9, 0
     o, _ = fused_recurrent_gated_delta_rule(**x)
     expected, _ = naive_recurrent_gated_delta_rule(**exactly(x))
-    assert_close("o", o, expected, 1e-5)
+    assert_close("o", o.cpu(), expected, 1e-5)
 
 
 def test_equals_the_chunk_form():
@@ -151,8 +152,8 @@ def test_equals_the_chunk_form():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_steps_equal_the_sequence_bitwise(dtype):
-    x = detached(make(SMALL, dtype))
+def test_steps_equal_the_sequence_bitwise(device, dtype):
+    x = detached(make(SMALL, dtype, device))
     o, ht = fused_recurrent_gated_delta_rule(
         **x, output_final_state=True, use_qk_l2norm_in_kernel=True, scale=0.3
     )
@@ -180,8 +181,8 @@ def test_step_is_a_function_and_differentiable():
 
 
 @pytest.mark.parametrize("name", ["wide_K", "packed"])
-def test_states_v_first_are_the_transpose_bitwise(name):
-    x = make(CASES[name])
+def test_states_v_first_are_the_transpose_bitwise(device, name):
+    x = make(CASES[name], device=device)
     plain = outputs_and_gradients(fused_recurrent_gated_delta_rule, x)
     x["initial_state"] = x["initial_state"].detach().mT.contiguous().requires_grad_()
 
@@ -193,8 +194,8 @@ def test_states_v_first_are_the_transpose_bitwise(name):
         assert torch.equal(value.mT if key == "dinitial_state" else value, plain[key]), key
 
 
-def test_absent_gates_are_neutral_bitwise():
-    x = make(SMALL)
+def test_absent_gates_are_neutral_bitwise(device):
+    x = make(SMALL, device=device)
     with torch.no_grad():
         x["g"].zero_(), x["beta"].fill_(1)
     given = outputs_and_gradients(fused_recurrent_gated_delta_rule, x)
@@ -205,29 +206,43 @@ def test_absent_gates_are_neutral_bitwise():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("fused", [False, True], ids=["beta", "logit"])
-def test_beta_per_channel(dtype, fused):
-    x = make(SMALL, dtype)
+def test_beta_per_channel(device, dtype, fused):
+    x = make(SMALL, dtype, device)
     wide = x["beta"].dtype
     logits = torch.randn(2, 67, 2, 12, generator=torch.Generator().manual_seed(1))
-    x["beta"] = (logits if fused else logits.sigmoid()).to(wide).requires_grad_()
+    x["beta"] = (logits if fused else logits.sigmoid()).to(device, wide).requires_grad_()
     check(x, 2, use_beta_sigmoid_in_kernel=fused, allow_neg_eigval=fused)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("given", [("gk",), ("gv",), ("g", "gk", "gv")], ids=" ".join)
-def test_decay_channels(cpu_isa, given, dtype):
-    x = detached(make(CASES["packed"], dtype))
+def check_channels(case, given, dtype, device="cpu"):
+    x, random = detached(make(case, dtype, device)), torch.Generator().manual_seed(2)
     if "g" not in given:
         del x["g"]
-    shape, random = x["v"].shape[:3], torch.Generator().manual_seed(2)
-    for name, n in (("gk", 20), ("gv", 24)):
+    for name, n in (("gk", case.K), ("gv", case.V)):
         if name in given:
-            x[name] = -torch.rand(*shape, n, generator=random).to(x["beta"].dtype)
-            x[name][:, 5] = -torch.inf
+            decay = -torch.rand(*x["v"].shape[:3], n, generator=random)
+            decay[:, 5] = -torch.inf
+            x[name] = decay.to(device, x["beta"].dtype)
     o, ht = fused_recurrent_gated_delta_rule(**x, output_final_state=True)
     exact, exact_ht = naive_recurrent_gated_delta_rule(**exactly(x), output_final_state=True)
-    assert_close("o", o, exact, limit_of("o", dtype))
-    assert_close("ht", ht, exact_ht, limit_of("ht", dtype))
+    assert_close("o", o.cpu(), exact, limit_of("o", dtype))
+    assert_close("ht", ht.cpu(), exact_ht, limit_of("ht", dtype))
+
+
+CHANNELS = pytest.mark.parametrize("given", [("gk",), ("gv",), ("g", "gk", "gv")], ids=" ".join)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@CHANNELS
+def test_decay_channels(cpu_isa, given, dtype):
+    check_channels(CASES["packed"], given, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["packed", "two_tiles_group3", "wide_K"])
+@CHANNELS
+def test_decay_channels_on_each_device(device, name, given, dtype):
+    check_channels(CASES[name], given, dtype, device)
 
 
 @pytest.mark.parametrize("name, channels", [("gk", 8), ("gv", 12)])
@@ -238,8 +253,8 @@ def test_gradient_through_decay_channels_is_an_error(name, channels):
         fused_recurrent_gated_delta_rule(**x)[0].sum().backward()
 
 
-def test_packed_equals_separate_calls_bitwise():
-    x = detached(make(CASES["packed"]))
+def test_packed_equals_separate_calls_bitwise(device):
+    x = detached(make(CASES["packed"], device=device))
     o, ht = fused_recurrent_gated_delta_rule(**x, output_final_state=True)
     bounds = x.pop("cu_seqlens").tolist()
     states = x.pop("initial_state")
@@ -250,7 +265,7 @@ def test_packed_equals_separate_calls_bitwise():
         )
         assert torch.equal(o[:, start:end], o_n)
         assert torch.equal(ht[n : n + 1], ht_n)
-    int32 = torch.tensor(bounds, dtype=torch.int32)
+    int32 = torch.tensor(bounds, dtype=torch.int32, device=device)
     assert torch.equal(
         fused_recurrent_gated_delta_rule(**x, initial_state=states, cu_seqlens=int32)[0], o
     )
@@ -265,8 +280,8 @@ def test_offsets_beyond_the_tokens_are_an_error():
             fused_recurrent_gated_delta_rule(**x)
 
 
-def test_padding_tail_is_zero_and_memory_is_written(nan_filled_memory):
-    x = make(CASES["packed"], fused=True)
+def test_padding_tail_is_zero_and_memory_is_written(device, nan_filled_memory):
+    x = make(CASES["packed"], device=device, fused=True)
     with torch.no_grad():
         x["v"][:, -5:] = torch.nan  # is not even read
     result = outputs_and_gradients(fused_recurrent_gated_delta_rule, x, **FUSED)
@@ -276,9 +291,9 @@ def test_padding_tail_is_zero_and_memory_is_written(nan_filled_memory):
         assert torch.isfinite(value).all(), name
 
 
-def test_nan_stays_in_its_value_head(threads):
+def test_nan_stays_in_its_value_head(device, threads):
     threads(1)  # one worker's scratch serves all heads
-    x = make(Case(B=2, T=70, H=2, HV=4, K=5, V=7))
+    x = make(Case(B=2, T=70, H=2, HV=4, K=5, V=7), device=device)
     clean = outputs_and_gradients(fused_recurrent_gated_delta_rule, x)
     with torch.no_grad():
         x["g"][0, 3, 0] = torch.nan
@@ -303,13 +318,14 @@ def test_threads_and_repeats_agree_bitwise(threads):
 
 
 @pytest.mark.parametrize("contiguous", ["views", "last_stride_2"])
-def test_strided_inputs_bitwise(contiguous):
+def test_strided_inputs_bitwise(device, contiguous):
     B, T, H, K = 2, 20, 2, 24
     if contiguous == "views":
-        q, k, v = torch.randn(B, T, 3, H, K, generator=torch.Generator()).unbind(2)
+        q, k, v = torch.randn(B, T, 3, H, K, generator=torch.Generator()).to(device).unbind(2)
     else:
-        q, k, v = torch.randn(3, B, T, H, 2 * K, generator=torch.Generator())[..., ::2]
-    g, beta = -torch.rand(2, B, H, T).transpose(2, 3)
+        wide = torch.randn(3, B, T, H, 2 * K, generator=torch.Generator()).to(device)
+        q, k, v = wide[..., ::2]
+    g, beta = -torch.rand(2, B, H, T).to(device).transpose(2, 3)
     x = {"q": q, "k": k, "v": v, "g": g, "beta": beta}
     x = {name: t.requires_grad_() for name, t in x.items()}
     dense = {name: t.detach().contiguous().requires_grad_() for name, t in x.items()}
@@ -320,16 +336,16 @@ def test_strided_inputs_bitwise(contiguous):
         assert torch.equal(actual[name], value), name
 
 
-def test_first_gate_gradient_is_the_state_product():
+def test_first_gate_gradient_is_the_state_product(device):
     """S_0 enters as exp(g_1) S_0: dg_1 = <dS_0, S_0>; and o, S_T are linear in v and S_0."""
-    x = make(SMALL._replace(B=1))
+    x = make(SMALL._replace(B=1), device=device)
     r = outputs_and_gradients(fused_recurrent_gated_delta_rule, x)
     h0 = x["initial_state"].detach()
     assert_close("dg", r["dg"][0, 0], (r["dinitial_state"] * h0).sum((0, 2, 3)), 1e-5)
 
 
-def test_gradients_only_where_asked():
-    x = detached(make(SMALL))
+def test_gradients_only_where_asked(device):
+    x = detached(make(SMALL, device=device))
     x["beta"].requires_grad_()
     o, _ = fused_recurrent_gated_delta_rule(**x)
     o.sum().backward()
@@ -345,8 +361,8 @@ def test_second_derivative_is_an_error():
         dv.sum().backward()
 
 
-def test_empty_inputs():
-    x = make(SMALL._replace(T=0))
+def test_empty_inputs(device):
+    x = make(SMALL._replace(T=0), device=device)
     o, ht = fused_recurrent_gated_delta_rule(**x, output_final_state=True)
     assert o.shape == (2, 0, 2, 12)
     assert torch.equal(ht, x["initial_state"])
@@ -355,8 +371,9 @@ def test_empty_inputs():
     assert torch.equal(dh0, torch.ones_like(dh0))
 
 
-def test_scale_zero_is_zero():
-    o, ht = fused_recurrent_gated_delta_rule(**make(SMALL), scale=0, output_final_state=True)
+def test_scale_zero_is_zero(device):
+    x = make(SMALL, device=device)
+    o, ht = fused_recurrent_gated_delta_rule(**x, scale=0, output_final_state=True)
     assert torch.count_nonzero(o) == 0
     assert torch.count_nonzero(ht) > 0
 

@@ -16,13 +16,12 @@ CASE = Case(B=2, T=5, H=1, HV=2, K=8, V=12)
 PACKED = Case(T=12, HV=2, K=8, V=12, lengths=(0, 4, 7))
 
 
-def raw_arguments(name, grad):
+def raw_arguments(name, grad, device):
     """Of gated_delta_recurrent_fwd, without output_final_state."""
     fused = name in ("fused", "packed")
-    x = make(PACKED if name == "packed" else CASE, fused=fused)
+    x = make(PACKED if name == "packed" else CASE, device=device, fused=fused)
     if name == "channels":
-        x["gk"], x["gv"] = torch.zeros(2, 5, 2, 8), torch.zeros(2, 5, 2, 12)
-        x["beta"] = torch.rand(2, 5, 2, 12)
+        x["gk"], x["gv"], x["beta"] = (torch.rand(2, 5, 2, n).to(device) for n in (8, 12, 12))
     if name == "v_first":
         x["initial_state"] = x["initial_state"].detach().mT.contiguous().requires_grad_()
     if name == "absent":
@@ -41,16 +40,16 @@ DIFFERENTIABLE = ["plain", "absent", "fused", "v_first", "packed"]
     "name, grad",
     [(name, grad) for name in DIFFERENTIABLE for grad in (False, True)] + [("channels", False)],
 )
-def test_opcheck_forward(name, grad):
-    args = raw_arguments(name, grad)
+def test_opcheck_forward(device, name, grad):
+    args = raw_arguments(name, grad, device)
     op = _library.kernel("gated_delta_recurrent_fwd", args[0]).default
     for output_final_state in (False, True):
         torch.library.opcheck(op, (*args, output_final_state))
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
-def test_opcheck_backward(name):
-    args = raw_arguments(name, False)
+def test_opcheck_backward(device, name):
+    args = raw_arguments(name, False, device)
     o, ht = _library.kernel("gated_delta_recurrent_fwd", args[0])(*args, True)
     bwd = _library.kernel("gated_delta_recurrent_bwd", args[0]).default
     for d_state in (None, torch.randn_like(ht)):

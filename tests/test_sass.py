@@ -35,6 +35,30 @@ KERNELS = [
     Kernel(r"decode_kernel.*Lb1ELi\d+ELi[48]E", 9, 128, ("LDG.E.128", "STG.E.128", "LDS.128")),
     Kernel(r"decode_kernel.*Lb0ELi\d+ELi[48]E", 9, 168, ("LDG.E.128", "STG.E.128", "LDS.128")),
     Kernel(r"decode_kernel.*ELi256ELi1E", 6, 128, ("LDG.E", "STG.E")),
+    # 3 CTAs of 128 threads an SM; with decay channels 2, as backward one of 256 threads
+    Kernel(r"recurrent_fwd_kernel.*Lb0E", 9, 168, ("LDG.E.128", "STG.E.128", "LDS.128", "SHFL")),
+    Kernel(r"recurrent_fwd_kernel.*Lb1E", 9, 255, ("LDG.E.128", "STG.E.128", "LDS.128", "SHFL")),
+    Kernel(r"recurrent_bwd_kernel", 9, 255, ("LDG.E.128", "STG.E.128", "LDS.128", "SHFL.BFLY")),
+    Kernel(r"recurrent_(keys|gates)_kernel", 2, 128, ("LDG.E", "STG.E")),
+    # rows, taps and sums of 128 bits of channels in registers: 3 CTAs of 128 threads, backward 2
+    Kernel(r"conv_fwd_kernel.*Lb1ELi4E", 3, 168, ("LDG.E.128", "STG.E.128")),
+    Kernel(r"conv_fwd_kernel.*Lb(0ELi[48]|1ELi8)E", 9, 168, ("LDG.E", "STG.E")),
+    Kernel(r"conv_bwd_kernel.*Lb1ELi4E", 3, 255, ("LDG.E.128", "STG.E.128")),
+    Kernel(r"conv_bwd_kernel.*Lb(0ELi[48]|1ELi8)E", 9, 255, ("LDG.E", "STG.E")),
+    Kernel(r"conv_(initial|final)_kernel", 6, 128, ("LDG.E", "STG.E")),
+    Kernel(r"conv_update_kernel", 3, 64, ("LDG.E", "STG.E", "LDS", "STS")),
+    # 4 CTAs of 256 threads an SM, backward and wide rows 2, both 1
+    Kernel(r"row_norm_fwd_kernel.*Lb1ELb0E", 3, 64, ("LDG.E.128", "STG.E.128", "SHFL.BFLY")),
+    Kernel(r"row_norm_fwd_kernel.*Lb1ELb1E", 3, 128, ("LDG.E.128", "STG.E.128", "SHFL.BFLY")),
+    Kernel(r"row_norm_fwd_kernel.*Lb0ELb[01]E", 6, 64, ("LDG.E", "STG.E", "SHFL.BFLY")),
+    Kernel(r"row_norm_bwd_kernel.*Lb1ELb0E", 3, 128, ("LDG.E.128", "STG.E.128", "SHFL.BFLY")),
+    Kernel(r"row_norm_bwd_kernel.*Lb1ELb1E", 3, 255, ("LDG.E.128", "STG.E.128", "SHFL.BFLY")),
+    Kernel(r"row_norm_bwd_kernel.*Lb0ELb[01]E", 6, 128, ("LDG.E", "STG.E", "SHFL.BFLY")),
+    Kernel(r"gate_fwd_kernel.*Lb1E", 3, 64, ("STG.E.128",)),
+    Kernel(r"gate_bwd_kernel.*Lb1E", 3, 64, ("LDG.E.128",)),
+    Kernel(r"gate_(fwd|bwd)_kernel.*Lb0E", 6, 64, ("LDG.E", "STG.E")),
+    # the second stage of these kernels', and of other operators', sums
+    Kernel(r"column_sums_kernel", 3, 64, ("LDG.E", "STG.E")),
     # two CTAs of 256 threads an SM; float64 has one
     Kernel(r"mars_kernelIf", 1, 128, ("LDG.E.128", "STG.E.128")),
     Kernel(r"mars_kernelId", 1, 255, ("LDG.E.128", "STG.E.128")),
@@ -50,7 +74,6 @@ KERNELS = [
     Kernel(r"mix_fwd_kernel.*Lb1E", 12, 168, ("LDG.E.128", "STG.E.128")),
     Kernel(r"mix_bwd_kernel", 24, 208, ("LDG.E.128", "STG.E.128")),
     Kernel(r"mix_(fwd_any|bwd_any|final|initial)_kernel", 12, 128, ("LDG.E", "STG.E")),
-    Kernel(r"mix_sums_kernel", 1, 64, ("LDG.E", "STG.E")),
     Kernel(r"shift_(fwd|bwd|bwd_wide)_kernel.*Lb1E", 9, 128, ("LDG.E.128", "STG.E.128")),
     Kernel(r"shift_(fwd|bwd|bwd_wide)_kernel.*Lb0E", 9, 128, ("LDG.E", "STG.E")),
     Kernel(r"shift_(last|cache)_kernel", 6, 64, ("STG.E",)),

@@ -6,7 +6,7 @@
 #pragma once
 #include "common/dtype.h"
 #include "common/isa.h"
-#include "ddl/sequences.h"
+#include "common/sequences.h"
 
 namespace df {
 struct MixRows {  // [B,T,...] whose tokens are contiguous; strides in elements

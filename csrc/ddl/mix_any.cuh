@@ -1,8 +1,9 @@
 // The convolutions of mix.h for any d_v, K and alignment, and their states: a thread owns one
 // feature, and rows are read again for every tap, from the caches. See mix_kernel.cuh.
 #pragma once
+#include "common/cuda/pack.cuh"
+#include "common/cuda/sequences.cuh"
 #include "ddl/mix.h"
-#include "ddl/sequences.cuh"
 
 namespace df::cuda {
 constexpr int kMixThreads = 128;

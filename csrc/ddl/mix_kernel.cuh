@@ -19,9 +19,10 @@
 // A product-sum is rounded in the same places in every variant (mix_any.cuh is the other one), so
 // that results do not depend on alignment, chunks or what else is in the batch.
 #pragma once
+#include "common/cuda/pack.cuh"
+#include "common/cuda/sequences.cuh"
 #include "ddl/mix.h"
 #include "ddl/mix_any.cuh"
-#include "ddl/sequences.cuh"
 
 namespace df::cuda {
 template <class E_, int kDv_, bool kExpand_>

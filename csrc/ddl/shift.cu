@@ -11,8 +11,9 @@
 // lanes: the same bits. Shared memory: none. Registers: at most 128.
 // Bytes a token and element: 2 e forward, 3 e backward (e bytes an element); the weights are
 // 8 / D a token. FLOPs: 3 and 7. Bound by memory.
+#include "common/cuda/pack.cuh"
 #include "common/cuda/reduce.cuh"
-#include "ddl/sequences.cuh"
+#include "common/cuda/sequences.cuh"
 #include "ddl/shift.h"
 
 namespace df::cuda {

@@ -3,7 +3,7 @@
 #pragma once
 #include "common/dtype.h"
 #include "common/isa.h"
-#include "ddl/sequences.h"
+#include "common/sequences.h"
 
 namespace df {
 struct ShiftHeads {  // [B,T,H] or [B,T,H,D] with unit stride of D; strides in elements

@@ -13,7 +13,7 @@ struct Sequence {
 
 struct ChunkShape {
   int64_t T, H, HV, K, V, C;
-  int64_t group() const { return HV / H; }
+  constexpr int64_t group() const { return HV / H; }
 };
 
 // What a chunk of a value head can leave to its backward, in the compute type: S^T of the state

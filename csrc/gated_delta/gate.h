@@ -15,6 +15,28 @@ struct GateArgs {
   void *g, *da;
 };
 
+// CUDA: a [rows, HV], contiguous, as are the others; g and dg are float.
+struct GateLaunch {
+  int64_t rows, HV;
+  Dense a, A_log, dt_bias;  // dt_bias may be null
+  const void* dg;
+  void *g, *da;
+  float* partial;           // backward: [ctas(), 2, HV]
+  void *dA_log, *ddt_bias;  // of the types of A_log and dt_bias; ddt_bias may be null
+
+  // A CTA has `block` heads in its threads, kVec each, and walks down its part of the rows.
+  static constexpr int kThreads = 256, kVec = 4;
+  constexpr int64_t groups() const { return (HV + kVec - 1) / kVec; }  // of heads
+  constexpr int64_t block() const { return groups() < kThreads ? groups() : kThreads; }
+  constexpr int64_t blocks() const { return (groups() + block() - 1) / block(); }
+  constexpr int64_t ctas() const {  // along the rows: some 16 a thread, at most 4 CTAs an SM
+    const int64_t each = 16 * (kThreads / block()), all = (rows + each - 1) / each;
+    return all < 4 * 132 ? all : 4 * 132;
+  }
+};
+void gate_fwd_cuda(const GateLaunch& launch, void* stream);  // not f64
+void gate_bwd_cuda(const GateLaunch& launch, void* stream);
+
 namespace cpu {
 // Elements [first, last), first a multiple of period. Backward adds to sums [2, period]: the
 // gradients of A_log and dt_bias.

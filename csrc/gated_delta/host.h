@@ -11,17 +11,6 @@
 #include "gated_delta/input_host.h"
 
 namespace df::cpu {
-constexpr int64_t kMaxHeadDim = 256;
-
-// Kernels read any type that is computed in q's compute type; another one (float64 beside float32)
-// is converted here.
-inline Tensor readable(const Tensor& t, const Tensor& q) {
-  return compute_type(t) == compute_type(q) ? t : torch::stable::to(t, compute_type(q));
-}
-inline OptTensor readable_state(const OptTensor& t, const Tensor& q) {
-  return t ? OptTensor(torch::stable::contiguous(readable(*t, q))) : t;
-}
-
 inline std::vector<Sequence> sequences_of(const Tensor& q, const OptTensor& cu_seqlens) {
   std::vector<Sequence> all;
   if (!cu_seqlens) {

@@ -17,4 +17,15 @@ inline Dense dense(const OptTensor& t) {
 inline OptTensor contiguous(const OptTensor& t) {
   return t ? OptTensor(torch::stable::contiguous(*t)) : t;
 }
+
+constexpr int64_t kMaxHeadDim = 256;
+
+// Kernels read any type that is computed in q's compute type; another one (float64 beside float32)
+// is converted here.
+inline Tensor readable(const Tensor& t, const Tensor& q) {
+  return compute_type(t) == compute_type(q) ? t : torch::stable::to(t, compute_type(q));
+}
+inline OptTensor readable_state(const OptTensor& t, const Tensor& q) {
+  return t ? OptTensor(torch::stable::contiguous(readable(*t, q))) : t;
+}
 }  // namespace df

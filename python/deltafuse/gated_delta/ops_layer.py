@@ -63,6 +63,7 @@ _register(
     "causal_conv1d", "causal_conv1d", _conv_fwd_fake, _conv_bwd_fake, _conv_setup, _conv_backward
 )
 _library.register("causal_conv1d_update", lambda x, state, weight, bias, silu: x.new_empty(x.shape))
+_library.not_on_cuda(torch.float64, "causal_conv1d_fwd", "causal_conv1d_update")
 
 
 def _check_conv(op, x, weight, bias, state, state_name, N, activation):
@@ -280,6 +281,7 @@ _register(
     lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
     lambda ops, ctx, dg: _needed(ctx, ops.gdn_gate_bwd(dg, *ctx.saved_tensors)),
 )
+_library.not_on_cuda(torch.float64, "gated_rms_norm_fwd", "l2norm_fwd", "gdn_gate_fwd")
 
 
 def fused_gdn_gate(a, A_log, dt_bias=None, output_dtype=None):

@@ -90,6 +90,7 @@ def _backward(ops, ctx, d_o, d_final_state):
 
 _library.register("gated_delta_recurrent_fwd", _fwd_fake, _setup_context, _backward)
 _library.register_backward("gated_delta_recurrent_bwd", _bwd_fake, OP)
+_library.not_on_cuda(torch.float64, "gated_delta_recurrent_fwd")
 
 
 def _reference(*args):
