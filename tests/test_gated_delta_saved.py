@@ -54,9 +54,18 @@ def test_other_chunk_sizes_and_single_columns_bitwise(poisoned, chunk_size):
         assert torch.equal(saved[key], recomputed[key]), key
 
 
+def test_output_is_that_of_any_chunk_size_and_of_inference_bitwise(cpu_isa, poisoned):
+    x = make(Case(T=100, H=1, HV=2, K=33, V=150, lengths=(37, 0, 50)))
+    o, state = chunk_gated_delta_rule(**x, output_final_state=True, save_states=True)
+    for chunk_size in (16, 32, 64):
+        with torch.no_grad():
+            results = chunk_gated_delta_rule(**x, output_final_state=True, chunk_size=chunk_size)
+        assert torch.equal(results[0], o) and torch.equal(results[1], state), chunk_size
+
+
 def test_what_is_kept(monkeypatch):
     x = make(Case(B=2, T=70, HV=4, K=24, V=40))
-    bytes_of_chunk = 4 * (32 * 48 + 64 * 48 + 64 * 64)  # S, E and T', padded to 16
+    bytes_of_chunk = 4 * (32 * 48 + 64 * 48)  # S and E, padded to 16
     assert saved_bytes(x, save_states=True) == 2 * 2 * 4 * bytes_of_chunk
     assert saved_bytes(x, save_states=False) == 0
     assert saved_bytes(x) == saved_bytes(x, save_states=True)

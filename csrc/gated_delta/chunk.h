@@ -17,14 +17,13 @@ struct ChunkShape {
 };
 
 // What a chunk of a value head can leave to its backward, in the compute type: S^T of the state
-// that entered [V, K], E [C, V] and T' [C, C]. Rows and columns are padded to 16, whatever the
-// instruction set; the padding holds anything.
+// that entered [V, K] and E [C, V]. Rows and columns are padded to 16, whatever the instruction
+// set; the padding holds anything.
 struct SavedLayout {
   int64_t K, V, C;
   explicit SavedLayout(const ChunkShape& s) : K(pad(s.K)), V(pad(s.V)), C(pad(s.C)) {}
   int64_t e() const { return V * K; }
-  int64_t inverse() const { return e() + C * V; }
-  int64_t elements() const { return inverse() + C * C; }
+  int64_t elements() const { return e() + C * V; }
   static int64_t pad(int64_t n) { return (n + 15) / 16 * 16; }
 };
 

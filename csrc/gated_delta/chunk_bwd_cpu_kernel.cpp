@@ -6,6 +6,7 @@
 // again, keeping what `SavedLayout` names, and walked backwards. A segment is the whole sequence
 // while that stays below kSavedBytes a worker.
 #include "gated_delta/chunk_grads.h"
+#include "gated_delta/chunk_save.h"
 
 namespace df::cpu::DF_ISA {
 namespace {
@@ -31,6 +32,9 @@ struct Worker {
   Plan<T> plan;
   SavedLayout layout;
   int64_t ldk, ldv, state;
+  StepKeys<T> step_keys;
+  StepTables<T> step_tables;
+  StepPanels<T> step;
   KeyPanels<T> keys;
   GradPanels<T> b;
   T *checkpoints, *saved;
@@ -46,6 +50,9 @@ struct Worker {
         ldk(round_up<T>(s.K)),
         ldv(round_up<T>(s.V)),
         state(ldk * ldv),
+        step_keys(a, s),
+        step_tables(a, s),
+        step(a),
         keys(a, s),
         b(a, s) {
     if (p.saved) return;
@@ -66,36 +73,71 @@ struct Worker {
     return left < s.C ? left : s.C;
   }
 
+  // The tile of a head's state that starts at column v.
+  T* tile(int64_t head, int64_t v) const { return b.states + head * state + v * ldk; }
+  template <class Fn>
+  void tiles(Fn fn) const {
+    for (int64_t v = 0; v < s.V; v += kTileColumns<T>) {
+      const int64_t n = s.V - v < kTileColumns<T> ? s.V - v : kTileColumns<T>;
+      fn(v, n, round_up<T>(n));
+    }
+  }
+
   // Chunks [first, last) from the states in b.states; keeps what the backward needs if asked.
-  // b.dO, b.dw and b.M are scratch here.
   void sweep(int64_t first, int64_t last, bool keep) {
     for (int64_t c = first; c < last; ++c) {
       const int64_t begin = seq.begin + c * s.C, n = rows(c);
-      keys.load(in, seq.batch, begin, task.first / s.group(), n, false, s.C);
+      step_keys.load(in, seq.batch, begin, task.first / s.group(), n, false);
       for (int64_t h = 0; h < s.group(); ++h) {
-        T* S = b.states + h * state;
-        b.t.load(in, seq.batch, begin, task.first + h, n);
-        load_panel(in.v, seq.batch, begin, task.first + h, n, s.V, 0, b.v, ldv, s.C);
-        lower_product<true, T>(b.t.decay, keys.kk, nullptr, 1, n, keys.ldc, b.L);
-        invert(b.L, b.t.beta, n, keys.ldc, b.M);
-        errors(in, keys, b.t, b.M, b.v, S, n, ldv, b.dO, b.w, b.dw);
-        if (keep) save_chunk<false>(keys, s, S, b.dw, ldv, b.M, 0, n, slot(c - first, h));
-        scale_rows(b.dw, b.t.beta, T(1), n, ldv, b.w);
-        advance(in, keys, b.t, b.w, n, ldv, b.du, S);
+        step_tables.load(in, step_keys, seq.batch, begin, task.first + h, n);
+        tiles([&](int64_t v, int64_t columns, int64_t ld) {
+          sweep_tile(begin, h, n, v, columns, ld, keep ? slot(c - first, h) : nullptr);
+        });
       }
     }
+  }
+  void sweep_tile(int64_t begin, int64_t head, int64_t n, int64_t v, int64_t columns, int64_t ld,
+                  T* to) {
+    T* S = tile(head, v);
+    if (to) save_state<false>(s, S, ld, to + v * layout.K);
+    for (int64_t i = 0; i < n; i += kStep) {
+      const int64_t m = n - i < kStep ? n - i : kStep;
+      load_panel(in.v, seq.batch, begin + i, task.first + head, m, columns, v, step.v, ld);
+      Ahead none;
+      run_step<false>(in, step_keys, step_tables, step, i / kStep, m, S, ld, none);
+      if (to) save_rows<false>(step.e, ld, m, to + layout.e() + i * layout.V + v, layout.V);
+    }
+  }
+
+  Saved<T> kept(int64_t chunk, int64_t first, int64_t head) const {
+    return {layout, p.saved ? slot_of_forward(chunk, head) : slot(chunk - first, head)};
+  }
+
+  // What the walk reads at the chunk before this one, for one head.
+  Ahead before(int64_t chunk, int64_t first, int64_t head) const {
+    Ahead ahead;
+    if (chunk == first) return ahead;
+    const int64_t begin = seq.begin + (chunk - 1) * s.C, key_head = task.first / s.group();
+    if (p.saved) ahead.add(kept(chunk - 1, first, head).S_T, layout.elements() * sizeof(T));
+    ahead.add(p.d_o, seq.batch, begin, task.first + head, s.C, 0, s.V);
+    if (head == s.group() - 1) {
+      ahead.add(in.q, seq.batch, begin, key_head, s.C, 0, s.K);
+      ahead.add(in.k, seq.batch, begin, key_head, s.C, 0, s.K);
+    }
+    constexpr int64_t block = kGemmRows * kGemmCols * kLanes<T>;  // of a product
+    ahead.pace(6 * s.C * s.K * s.V / (block * kPause) + 1);
+    return ahead;
   }
 
   void walk_back(int64_t first, int64_t last) {
     for (int64_t c = last - 1; c >= first; --c) {
       const int64_t begin = seq.begin + c * s.C, n = rows(c);
-      keys.load(in, seq.batch, begin, task.first / s.group(), n, true, -s.C);
-      __builtin_memset(b.dq, 0, n * ldk * sizeof(T));
-      __builtin_memset(b.dk, 0, n * ldk * sizeof(T));
-      for (int64_t h = 0; h < s.group(); ++h)
-        head_gradients(p, keys, b,
-                       Saved<T>(layout, p.saved ? slot_of_forward(c, h) : slot(c - first, h)),
-                       b.dstates + h * state, seq.batch, begin, task.first + h, n, b.sums + 2 * h);
+      keys.load(in, seq.batch, begin, task.first / s.group(), n);
+      for (int64_t h = 0; h < s.group(); ++h) {
+        Ahead ahead = before(c, first, h);
+        head_gradients(p, keys, b, kept(c, first, h), b.dstates + h * state, seq.batch, begin,
+                       task.first + h, n, b.sums + 2 * h, ahead);
+      }
       key_gradients(p, keys, b, seq.batch, begin, task.first / s.group(), n);
     }
   }
@@ -122,7 +164,9 @@ struct Worker {
     const int64_t chunks = (seq.end - seq.begin + s.C - 1) / s.C, G = s.group();
     for (int64_t h = 0; h < G; ++h) {
       const int64_t index = task.sequence * s.HV + task.first + h;
-      load_state(in, in.initial_state, index, 0, s.V, b.states + h * state, ldv);
+      tiles([&](int64_t v, int64_t n, int64_t ld) {
+        load_state(in, in.initial_state, index, v, n, tile(h, v), ld);
+      });
       load_state(in, p.d_final_state, index, 0, s.V, b.dstates + h * state, ldv);
       b.sums[2 * h] = b.sums[2 * h + 1] = 0;
     }

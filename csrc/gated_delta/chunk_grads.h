@@ -7,36 +7,35 @@ namespace {
 // One chunk of one value head, in `SavedLayout`.
 template <class T>
 struct Saved {
-  const T *S_T, *e, *inverse;
-  int64_t ldk, ldv, ldc;
+  const T *S_T, *e;
+  int64_t ldk, ldv;
   Saved(const SavedLayout& layout, const T* at)
-      : S_T(at),
-        e(at + layout.e()),
-        inverse(at + layout.inverse()),
-        ldk(layout.K),
-        ldv(layout.V),
-        ldc(layout.C) {}
+      : S_T(at), e(at + layout.e()), ldk(layout.K), ldv(layout.V) {}
 };
 
+// Pairs of panels that are one operand of a product lie one behind the other, at the chunk's number
+// of rows: sc gam o dO and -gam o dW in w, X and Y in x, dP and sym in dP; in KeyPanels q^ and k^.
 template <class T>
 struct GradPanels {
   Tables<T> t;
   int64_t ldk, ldv, ldc;
   T *states, *dstates, *v, *w, *du, *dw, *dO, *eT, *dS_T;  // value side
-  T *dq, *dk, *x, *y, *kd;                                 // key side
+  T *dq, *dk, *x, *kd;                                     // key side
   T *L, *P, *M, *dP, *dKK, *Z;                             // C x C
   T *rho, *kap, *dbeta, *columns;
   double* sums;  // a head: sum dg g, sum da
   GradPanels(Arena& a, const ChunkShape& s)
-      : t(a, s), ldk(round_up<T>(s.K)), ldv(round_up<T>(s.V)), ldc(round_up<T>(s.C)) {
+      : t(a, s),
+        ldk(round_up<T>(s.K)),
+        ldv(round_up<T>(s.V)),
+        ldc(round_up<T>(steps(s.C) * kStep)) {
     const int64_t value = ldc * ldv, key = ldc * ldk, square = ldc * ldc;
     states = a.take<T>(s.group() * ldk * ldv), dstates = a.take<T>(s.group() * ldk * ldv);
-    v = a.take<T>(value), w = a.take<T>(value), du = a.take<T>(value), dw = a.take<T>(value);
+    v = a.take<T>(value), w = a.take<T>(2 * value), du = a.take<T>(value), dw = a.take<T>(value);
     dO = a.take<T>(value), eT = a.take<T>(value), dS_T = a.take<T>(ldk * ldv);
-    dq = a.take<T>(key), dk = a.take<T>(key), x = a.take<T>(key);
-    y = a.take<T>(key), kd = a.take<T>(key);
+    dq = a.take<T>(key), dk = a.take<T>(key), x = a.take<T>(2 * key), kd = a.take<T>(key);
     L = a.take<T>(square), P = a.take<T>(square), M = a.take<T>(square);
-    dP = a.take<T>(square), dKK = a.take<T>(square), Z = a.take<T>(square);
+    dP = a.take<T>(2 * square), dKK = a.take<T>(square), Z = a.take<T>(square);
     rho = a.take<T>(ldc), kap = a.take<T>(ldc), dbeta = a.take<T>(ldc), columns = a.take<T>(ldc);
     sums = a.take<double>(2 * s.group());
   }
@@ -47,17 +46,65 @@ inline void add_rows(const T* x, int64_t n, T* to) {
   for (int64_t i = 0; i < n; i += kLanes<T>) store(to + i, load(to + i) + load(x + i));
 }
 
-// dU = sc P^T dO + del o (K dS) into b.du, dW = T'^T (beta o dU) into b.dw.
+// x_i = beta_i (z_i - sum_{j>i} L_ji x_j) for kStep rows of one vector of columns, in place.
 template <class T>
-void value_gradients(const ChunkInputs& in, const KeyPanels<T>& keys, GradPanels<T>& b,
-                     const Saved<T>& kept, const T* dS, int64_t n) {
+[[gnu::noinline]] void solve_back(const T* beta, const T* minus_L, int64_t ldc, T* z, int64_t ld) {
+  constexpr int kRows = int(kStep);
+  Vec<T> x[kRows];
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) x[i] = load(z + i * ld);
+#pragma GCC unroll 16
+  for (int j = kRows - 1; j >= 0; --j) {
+    x[j] *= beta[j];
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i)
+      if (i < j) x[i] += minus_L[j * ldc + i] * x[j];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) store(z + i * ld, x[i]);
+}
+
+// (I + diag(beta) L^T) dW = beta o dU by back substitution, a step of rows at a time; dW holds dU.
+// Rows between the chunk's last and the end of its step are zeroed: they come first here.
+template <class T>
+void substitute_back(GradPanels<T>& b, int64_t n) {
+  const int64_t ldv = b.ldv, ldc = b.ldc, padded = steps(n) * kStep;
+  __builtin_memset(b.dw + n * ldv, 0, (padded - n) * ldv * sizeof(T));
+  __builtin_memset(b.L + n * ldc, 0, (padded - n) * ldc * sizeof(T));
+  for (int64_t i = padded - kStep; i >= 0; i -= kStep) {
+    T *rows = b.dw + i * ldv, *below = b.L + (i + kStep) * ldc + i;
+    if (i + kStep < n)
+      gemm<Into::add>(kStep, ldv, n - i - kStep, transposed(below, ldc), rows + kStep * ldv, ldv,
+                      rows, ldv);
+    for (int64_t c = 0; c < ldv; c += kLanes<T>)
+      solve_back(b.t.beta + i, b.L + i * ldc + i, ldc, rows + c, ldv);
+  }
+}
+
+// dU = sc P^T dO + del o (K dS) into b.du, dW into b.dw; sc gam o dO and -gam o dW into b.w.
+template <class T>
+void value_gradients(const ChunkInputs& in, const KeyPanels<T>& keys, GradPanels<T>& b, const T* dS,
+                     int64_t n, Ahead& ahead) {
   const int64_t ldv = b.ldv, ldc = b.ldc;
-  gemm(n, ldv, in.shape.K, plain(keys.k, b.ldk), dS, ldv, b.du, ldv);
+  gemm(n, ldv, in.shape.K, plain(keys.k, b.ldk), dS, ldv, b.du, ldv, 1,
+       [&]() __attribute__((always_inline)) { ahead.some(); });
   scale_rows(b.du, b.t.del, T(1), n, ldv, b.du);
   lower_product<false, T>(b.t.decay, keys.qk, nullptr, T(in.scale), n, ldc, b.P);
   gemm<Into::add, Shape::upper>(n, ldv, n, transposed(b.P, ldc), b.dO, ldv, b.du, ldv);
-  scale_rows(b.du, b.t.beta, T(1), n, ldv, b.w);
-  gemm<Into::set, Shape::upper>(n, ldv, n, transposed(kept.inverse, kept.ldc), b.w, ldv, b.dw, ldv);
+  lower_product<true, T>(b.t.decay, keys.kk, nullptr, T(-1), n, ldc, b.L);
+  __builtin_memcpy(b.dw, b.du, n * ldv * sizeof(T));
+  substitute_back(b, n);
+  scale_rows(b.dO, b.t.gam, T(in.scale), n, ldv, b.w);
+  scale_rows(b.dw, b.t.gam, T(-1), n, ldv, b.w + n * ldv);
+}
+
+// sym = dKK + dKK^T, n rows, behind those of dP.
+template <class T>
+void symmetrize(GradPanels<T>& b, int64_t n) {
+  const int64_t ldc = b.ldc;
+  T* sym = b.dP + n * ldc;
+  transpose(b.dKK, ldc, n, n, sym, ldc);
+  for (int64_t i = 0; i < n; ++i) add_rows(b.dKK + i * ldc, i + 1, sym + i * ldc);
 }
 
 // The C x C gradients: M = dW E^T, dP = sc Gam o (dO U^T), dKK = -Gam o strictlower(M) diag(beta),
@@ -71,48 +118,49 @@ void square_gradients(const ChunkInputs& in, const KeyPanels<T>& keys, GradPanel
   gemm_lower(n, V, plain(b.dO, ldv), b.eT, ldc, b.Z, ldc);
   lower_product<false, T>(b.t.decay, b.Z, b.t.beta, T(in.scale), n, ldc, b.dP);
   lower_product<true, T>(b.t.decay, b.M, b.t.beta, T(-1), n, ldc, b.dKK);
-  lower_product<true, T>(b.t.decay, keys.kk, nullptr, T(1), n, ldc, b.L);
+  symmetrize(b, n);
   lower_product<true, T>(b.L, b.M, nullptr, T(1), n, ldc, b.L);
   __builtin_memset(b.columns, 0, ldc * sizeof(T));
   for (int64_t i = 0; i < n; ++i) {
     b.dbeta[i] = dot_row(kept.e + i * kept.ldv, b.du + i * ldv, ldv);
-    for (int64_t j = 0; j <= i; j += kLanes<T>) {
-      store(b.columns + j, load(b.columns + j) + load(b.L + i * ldc + j));
-    }
+    add_rows(b.L + i * ldc, i + 1, b.columns);
   }
-  for (int64_t i = 0; i < n; ++i) b.dbeta[i] -= b.columns[i];
+  for (int64_t i = 0; i < n; ++i) b.dbeta[i] += b.columns[i];
   lower_product<true, T>(b.dP, keys.qk, nullptr, T(1), n, ldc, b.Z);
   lower_product<true, T>(b.dKK, keys.kk, nullptr, T(1), n, ldc, b.L);
-  for (int64_t i = 0; i < n; ++i) add_rows(b.L + i * ldc, round_up<T>(i + 1), b.Z + i * ldc);
+  for (int64_t i = 0; i < n; ++i) add_rows(b.L + i * ldc, i + 1, b.Z + i * ldc);
 }
 
-// dQ += X + dP K, dK += Kd + Y + dP^T Q + (dKK + dKK^T) K with X = sc gam o (dO S^T),
-// Kd = del o (U dS^T), Y = -(gam o dW) S^T; kap = k . kd and rho = q . x + k . y for dg.
-// Leaves -gam o dW in b.w and dS^T in b.dS_T.
+// dQ = X + dP K, dK = Kd + Y + dP^T Q + (dKK + dKK^T) K, of a group's first head or added to those
+// of the heads before, with X = (sc gam o dO) S^T, Kd = (del o U) dS^T, Y = -(gam o dW) S^T;
+// kap = k . kd and rho = q . x + k . y for dg. Leaves dS^T in b.dS_T.
 template <class T>
 void add_key_gradients(const ChunkInputs& in, const KeyPanels<T>& keys, GradPanels<T>& b,
-                       const Saved<T>& kept, const T* dS, int64_t n) {
+                       const Saved<T>& kept, const T* dS, int64_t n, bool first, Ahead& ahead) {
   const int64_t K = in.shape.K, V = in.shape.V, ldk = b.ldk, ldv = b.ldv, ldc = b.ldc;
+  const auto prefetch = [&]() __attribute__((always_inline)) { ahead.some(); };
   transpose(dS, ldv, K, ldv, b.dS_T, ldk);
-  scale_rows(kept.e, kept.ldv, b.t.beta, T(1), n, ldv, b.w);
-  gemm(n, ldk, V, plain(b.w, ldv), b.dS_T, ldk, b.kd, ldk);
-  scale_rows(b.kd, b.t.del, T(1), n, ldk, b.kd);
-  gemm(n, ldk, V, plain(b.dO, ldv), kept.S_T, kept.ldk, b.x, ldk);
-  scale_rows(b.x, b.t.gam, T(in.scale), n, ldk, b.x);
-  scale_rows(b.dw, b.t.gam, T(-1), n, ldv, b.w);
-  gemm(n, ldk, V, plain(b.w, ldv), kept.S_T, kept.ldk, b.y, ldk);
+  for (int64_t i = 0; i < n; ++i) b.columns[i] = b.t.del[i] * b.t.beta[i];
+  scale_rows(kept.e, kept.ldv, b.columns, T(1), n, ldv, b.v);
+  gemm(n, ldk, V, plain(b.v, ldv), b.dS_T, ldk, b.kd, ldk, 1, prefetch);
+  gemm(2 * n, ldk, V, plain(b.w, ldv), kept.S_T, kept.ldk, b.x, ldk, 1, prefetch);
   for (int64_t i = 0; i < n; ++i) {
-    const T *q = keys.q + i * ldk, *k = keys.k + i * ldk;
-    T *x = b.x + i * ldk, *y = b.y + i * ldk, *kd = b.kd + i * ldk;
-    b.kap[i] = dot_row(k, kd, ldk);
-    b.rho[i] = dot_row(q, x, ldk) + dot_row(k, y, ldk);
-    add_rows(x, ldk, b.dq + i * ldk);
-    add_rows(y, ldk, b.dk + i * ldk), add_rows(kd, ldk, b.dk + i * ldk);
+    const T *q = keys.q + i * ldk, *k = keys.k + i * ldk, *kd = b.kd + i * ldk;
+    const T *x = b.x + i * ldk, *y = x + n * ldk;
+    T *dq = b.dq + i * ldk, *dk = b.dk + i * ldk;
+    Vec<T> kap{}, of_q{}, of_k{};
+    for (int64_t c = 0; c < ldk; c += kLanes<T>) {
+      const Vec<T> from_x = load(x + c), from_y = load(y + c), from_kd = load(kd + c);
+      const Vec<T> key = load(k + c), to_k = from_y + from_kd;
+      of_q += load(q + c) * from_x, of_k += key * from_y, kap += key * from_kd;
+      store(dq + c, first ? from_x : load(dq + c) + from_x);
+      store(dk + c, first ? to_k : load(dk + c) + to_k);
+    }
+    b.kap[i] = sum<T>(kap), b.rho[i] = sum<T>(of_q + of_k);
   }
-  gemm<Into::add, Shape::lower>(n, ldk, n, plain(b.dP, ldc), keys.k, ldk, b.dq, ldk);
-  gemm<Into::add, Shape::upper>(n, ldk, n, transposed(b.dP, ldc), keys.q, ldk, b.dk, ldk);
-  gemm<Into::add, Shape::lower>(n, ldk, n, plain(b.dKK, ldc), keys.k, ldk, b.dk, ldk);
-  gemm<Into::add, Shape::upper>(n, ldk, n, transposed(b.dKK, ldc), keys.k, ldk, b.dk, ldk);
+  gemm<Into::add, Shape::lower>(n, ldk, n, plain(b.dP, ldc), keys.k, ldk, b.dq, ldk, 1, prefetch);
+  gemm<Into::add, Shape::upper>(n, ldk, 2 * n, transposed(b.dP, ldc), keys.q, ldk, b.dk, ldk, 1,
+                                prefetch);
 }
 
 template <class T>
@@ -155,14 +203,14 @@ void scalar_gradients(const ChunkBwdArgs& p, GradPanels<T>& b, T inner, int64_t 
 template <class T>
 void head_gradients(const ChunkBwdArgs& p, const KeyPanels<T>& keys, GradPanels<T>& b,
                     const Saved<T>& kept, T* dS, int64_t batch, int64_t begin, int64_t head,
-                    int64_t n, double* sums) {
+                    int64_t n, double* sums, Ahead& ahead) {
   const ChunkInputs& in = p.in;
   const ChunkShape& s = in.shape;
   b.t.load(in, batch, begin, head, n);
-  load_panel(p.d_o, batch, begin, head, n, s.V, 0, b.dO, b.ldv, -s.C);
-  value_gradients(in, keys, b, kept, dS, n);
+  load_panel(p.d_o, batch, begin, head, n, s.V, 0, b.dO, b.ldv);
+  value_gradients(in, keys, b, dS, n, ahead);
   square_gradients(in, keys, b, kept, n);
-  add_key_gradients(in, keys, b, kept, dS, n);
+  add_key_gradients(in, keys, b, kept, dS, n, head % s.group() == 0, ahead);
 
   const int64_t token = batch * s.T + begin, at = token * s.HV + head;
   T inner = 0;  // <dS, S>
@@ -171,10 +219,8 @@ void head_gradients(const ChunkBwdArgs& p, const KeyPanels<T>& keys, GradPanels<
   scalar_gradients(p, b, b.t.chunk_decay * inner, n, head, static_cast<T*>(p.dg) + at,
                    static_cast<T*>(p.dbeta) + at, sums);
   store_rows(b.dw, b.ldv, n, s.V, in.q.dtype, p.dv, at * s.V, s.HV * s.V, p.streaming_values);
-
-  gemm<Into::add>(s.K, b.ldv, n, transposed(keys.k, b.ldk), b.w, b.ldv, dS, b.ldv, b.t.chunk_decay);
-  scale_rows(b.dO, b.t.gam, T(in.scale), n, b.ldv, b.w);
-  gemm<Into::add>(s.K, b.ldv, n, transposed(keys.q, b.ldk), b.w, b.ldv, dS, b.ldv);
+  gemm<Into::add>(s.K, b.ldv, 2 * n, transposed(keys.q, b.ldk), b.w, b.ldv, dS, b.ldv,
+                  b.t.chunk_decay, [&]() __attribute__((always_inline)) { ahead.some(); });
 }
 
 template <class T>

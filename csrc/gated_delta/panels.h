@@ -33,25 +33,16 @@ inline void clear_padding(T* row, int64_t n) {
   for (int64_t i = n; i < round_up<T>(n); ++i) row[i] = 0;
 }
 
-// The lines of a row into L2: rows lie too far apart for the hardware to guess the next one.
-template <class E>
-inline void prefetch_row(const E* row, int64_t n) {
-  for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(E))) __builtin_prefetch(row + i, 0, 2);
-}
-
-// to[i] = row `begin + i` of a tensor, for one head. The rows that many tokens ahead (0: none) are
-// prefetched; they need not exist.
+// to[i] = row `begin + i` of a tensor, for one head.
 template <class T>
 void load_panel(const Input& x, int64_t batch, int64_t begin, int64_t head, int64_t rows, int64_t n,
-                int64_t column, T* to, int64_t ld, int64_t ahead = 0) {
+                int64_t column, T* to, int64_t ld) {
   dispatch(x.dtype, [&](auto tag) {
     using E = typename decltype(tag)::type;
     if constexpr (std::is_same_v<Compute<E>, T>) {
       const E* from = static_cast<const E*>(x.data) + column;
       for (int64_t i = 0; i < rows; ++i) {
-        const E* row = from + x.at(batch, begin + i, head);
-        if (ahead) prefetch_row(row + ahead * x.t, n);
-        load_row(row, to + i * ld, n);
+        load_row(from + x.at(batch, begin + i, head), to + i * ld, n);
         clear_padding(to + i * ld, n);
       }
     }
@@ -93,6 +84,16 @@ inline double scalar(const Input& x, int64_t batch, int64_t token, int64_t head)
 }
 inline Gate head_gate(const PreActivation& pre, int64_t head) {
   return make_gate(scalar(pre.A_log, head), scalar(pre.dt_bias, head));
+}
+inline double beta_of(const PreActivation& pre, double x) {
+  return pre.sigmoid_scale > 0 ? sigmoid_beta(x, pre.sigmoid_scale) : x;
+}
+
+// e^x, and 0 for what would be subnormal.
+template <class T>
+inline Vec<T> decay_of(Vec<T> x) {
+  constexpr T kLow = sizeof(T) == 4 ? T(-87) : T(-708);
+  return x < kLow ? Vec<T>{} : exp<T>(x);
 }
 
 // Rows to unit length; r keeps the factors.

@@ -55,7 +55,7 @@ NOTHING, INVERSES, STATES = range(3)  # what the forward saves
 def _saved(call, save):
     """Shape and dtype of what the forward leaves to the backward, a chunk and value head.
 
-    CPU: S^T, E and T', padded to 16, or nothing. CUDA: T' (of 16 bits: as the sum of two) and,
+    CPU: S^T and E, padded to 16, or nothing. CUDA: T' (of 16 bits: as the sum of two) and,
     if asked for, S^T, padded to 64; chunks have 64 tokens, or 32 in float32.
     """
     K, V = call.q.shape[3], call.v.shape[3]
@@ -65,7 +65,7 @@ def _saved(call, save):
         elements = inverse + (_pad(K, 64) * _pad(V, 64) if save == STATES else 0)
     else:
         dtype, C = reference.compute_dtype(call.q), call.chunk_size
-        elements = _pad(K, 16) * _pad(V, 16) + C * _pad(V, 16) + _pad(C, 16) ** 2
+        elements = _pad(K, 16) * _pad(V, 16) + C * _pad(V, 16)
         save = save if save == STATES else NOTHING
     return (_slots(call, C), call.v.shape[2], elements) if save else (0,), dtype
 
@@ -261,8 +261,8 @@ def chunk_gated_delta_rule(
         auto_cp: True runs each sequence as segments side by side, which is exact; False forbids
             it; None decides: on the CPU against it (heads fill the cores).
         save_states: True keeps, for the backward, the state that enters each chunk (and, on the
-            CPU, two small matrices: 4 (K V + C V + C C) bytes a chunk of C tokens and value head
-            in float32); False computes them again there, a quarter more work; "auto" keeps them
+            CPU, the errors E: 4 (K V + C V) bytes a chunk of C tokens and value head in
+            float32); False computes them again there, a quarter more work; "auto" keeps them
             while a call's take at most 1/64 of the device's memory. The gradients are the same,
             bit for bit.
         batch_invariant: True makes CUDA results independent of what else is in the batch, bit for
