@@ -1,5 +1,6 @@
-// T' = (I + A)^-1 for a strictly lower triangular A = L diag(beta) of kC x kC, to fp32 accuracy:
-// blocks of 16 on the diagonal by substitution, those below by
+// T' = (I + A)^-1 for a strictly lower triangular A = L diag(beta) of kC x kC. 32 x 32 by
+// substitution, in place. 64 x 64, for 16-bit inputs: blocks of 16 on the diagonal by substitution,
+// those below by
 //   T'_ij = -T'_ii sum_{j <= m < i} A_im T'_mj                      (products of 3xTF32)
 // in which every factor is bounded where T' is; powers of A are not. Warp w makes block column w,
 // transposed, so that one product's result is the next one's operand in registers.
@@ -23,13 +24,13 @@ __device__ inline void store_shared(uint32_t to, float x) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(x) : "memory");
 }
 
-// The diagonal block `block` of A becomes that of T'; by one warp.
-template <class T>
+// The diagonal block `block` of kN rows of A becomes that of T'; by one warp, a lane a column.
+template <int kN, class T>
 __device__ inline void invert_diagonal(const T& a, int block) {
-  const int thread = thread_anew(), first = 16 * block, col = thread % 16;
-  float x[16];
+  const int thread = thread_anew(), first = kN * block, col = thread % kN;
+  float x[kN];
 #pragma unroll
-  for (int r = 0; r < 16; ++r) {
+  for (int r = 0; r < kN; ++r) {
     if (r % 4 == 0) __syncwarp();  // or all rows are loaded at once, into as many registers
     x[r] = r == col;
 #pragma unroll
@@ -42,9 +43,9 @@ __device__ inline void invert_diagonal(const T& a, int block) {
     }
   }
   __syncwarp();
-  if (thread % 32 < 16)
+  if (thread % 32 < kN)
 #pragma unroll
-    for (int r = 0; r < 16; ++r) store_shared(a.at(first + r, first + col), x[r]);
+    for (int r = 0; r < kN; ++r) store_shared(a.at(first + r, first + col), x[r]);
 }
 
 // Block column w of T', from A below the diagonal blocks and T' in them; by one warp.
@@ -78,7 +79,7 @@ __device__ inline void invert_column(const Tile<float, kC, kC>& a, int w, Invers
   }
 }
 
-// Block column w to a tile; for 16 bits to two, the second of which holds what the first leaves.
+// Block column w to two tiles, the second of which holds what the first leaves.
 template <int kC, class E>
 __device__ inline void store_inverse(const InverseColumn<kC>& x, int w, const Tile<E, kC, kC>& high,
                                      const Tile<E, kC, kC>& low) {
@@ -90,21 +91,14 @@ __device__ inline void store_inverse(const InverseColumn<kC>& x, int w, const Ti
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float first = x[i][n][2 * half], second = x[i][n][2 * half + 1];
-        const int row = 16 * i + 8 * n, col = 16 * w + 8 * half;
-        if constexpr (sizeof(E) == 2) {
-          const uint32_t both = pack<E>(first, second);
-          const float2 kept = unpack<E>(both);
-          const uint32_t rest = pack<E>(first - kept.x, second - kept.y);
-          asm volatile("st.shared.b32 [%0], %1;" ::"r"(high.at(row + g, col + 2 * t)),
-                       "r"(transpose8(both))
-                       : "memory");
-          asm volatile("st.shared.b32 [%0], %1;" ::"r"(low.at(row + g, col + 2 * t)),
-                       "r"(transpose8(rest))
-                       : "memory");
-        } else {
-          store_shared(high.at(row + 2 * t, col + g), first);
-          store_shared(high.at(row + 2 * t + 1, col + g), second);
-        }
+        const int row = 16 * i + 8 * n + g, col = 16 * w + 8 * half + 2 * t;
+        const uint32_t both = pack<E>(first, second);
+        const float2 kept = unpack<E>(both);
+        const uint32_t rest = pack<E>(first - kept.x, second - kept.y);
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(high.at(row, col)), "r"(transpose8(both))
+                     : "memory");
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(low.at(row, col)), "r"(transpose8(rest))
+                     : "memory");
       }
 }
 }  // namespace df::cuda

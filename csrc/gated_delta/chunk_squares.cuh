@@ -81,7 +81,7 @@ struct Squares {
     } else {
       float both[4][4];
       clear<kC>(both);
-      if (warp < 2 || queries) Arch::template mma<kC, kK>(both, keys.along_k(), keys.along_k());
+      if (warp < 2 || queries) multiply_by_parts(keys, both);
       if (warp < 2) {
         decay_lower<true, kC>(t, 16 * warp, t.rk, t.rk, t.beta, both);
         store_tile<kC>(both, a);
@@ -104,6 +104,20 @@ struct Squares {
     Arch::commit();
     Arch::template wait<0>(kk, qk);
   }
+  // Sums of 32 columns of K at a time: what all elements of KK^T have in common of an error, as
+  // with equal keys, T' makes a hundred times larger.
+  __device__ static void multiply_by_parts(const Keys& keys, float (&both)[kC / 8][4]) {
+#pragma unroll
+    for (int k = 0; k < kK; k += 32) {
+      float part[kC / 8][4];
+      clear<kC>(part);
+      Arch::template mma<kC, 32>(part, keys.along_k().from(0, k), keys.along_k().from(0, k));
+#pragma unroll
+      for (int n = 0; n < kC / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) both[n][i] += part[n][i];
+    }
+  }
   template <bool kHigh>
   __device__ static void store_attention(float (&x)[kC / 8][4], uint32_t p) {
     store_tile<kC>(x, Square{p});
@@ -115,13 +129,17 @@ struct Squares {
   // In place: T' takes the room of A when every warp has its block column in registers.
   __device__ static void invert(const Tile<float, kC, kC>& a, int warp, uint32_t inverse,
                                 int barrier) {
-    const bool mine = warp < kC / 16;
-    InverseColumn<kC> x;
-    if (mine) invert_diagonal(a, warp);
-    named_barrier_sync(barrier, 128);
-    if (mine) invert_column<kC>(a, warp, x);
-    named_barrier_sync(barrier, 128);
-    if (mine) store_inverse<kC, E>(x, warp, Square{inverse}, Square{inverse + Square::kBytes});
+    if constexpr (kC == 32) {
+      named_barrier_sync(barrier, 128);
+      if (warp == 0) invert_diagonal<32>(a, 0);
+    } else {
+      InverseColumn<kC> x;
+      invert_diagonal<16>(a, warp);
+      named_barrier_sync(barrier, 128);
+      invert_column<kC>(a, warp, x);
+      named_barrier_sync(barrier, 128);
+      store_inverse<kC, E>(x, warp, Square{inverse}, Square{inverse + Square::kBytes});
+    }
   }
 };
 }  // namespace df::cuda

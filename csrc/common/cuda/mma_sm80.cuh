@@ -87,6 +87,8 @@ __device__ inline void split_tf32(float x, uint32_t& high, uint32_t& low) {
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(low) : "f"(x - __uint_as_float(high)));
 }
 
+// Tensor cores cut off what does not fit into the sum, and always downwards: the three products of
+// a step have a sum of their own, which is then added with rounding.
 // The k of a float product may come in any order, as long as both operands agree: the lanes' k = t
 // and t + 4 of an mma are the columns 2 t and 2 t + 1 that a lane of an accumulator has.
 template <int kN, Major kMajor>
@@ -101,9 +103,12 @@ __device__ inline void multiply_step(float (&c)[kN / 8][4], const float (&a)[4],
     const float2 x = load_pair(b, 8 * n + g, k + 2 * t);
     uint32_t high0, high1, low0, low1;
     split_tf32(x.x, high0, low0), split_tf32(x.y, high1, low1);
-    multiply_tf32(c[n], low, high0, high1);
-    multiply_tf32(c[n], high, low0, low1);
-    multiply_tf32(c[n], high, high0, high1);
+    float sum[4] = {};
+    multiply_tf32(sum, low, high0, high1);
+    multiply_tf32(sum, high, low0, low1);
+    multiply_tf32(sum, high, high0, high1);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[n][i] += sum[i];
   }
 }
 }  // namespace sm80
