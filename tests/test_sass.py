@@ -103,6 +103,15 @@ KERNELS = [
     Kernel(r"boundary_bwd_kernel.*(IfLi1E|f16ELi2E)", 3, 168, ("LDGSTS.E.BYPASS.128", "LDS.128")),
     Kernel(r"boundary_bwd_kernel.*(f16ELi1E|Li16E)", 5, 255, ("LDGSTS.E.BYPASS.128", "LDS.128")),
     Kernel(r"boundary_finish_kernel", 1, 40, ("LDG.E", "STG.E")),
+    # one CTA an SM, of 384 threads (two state warpgroups) or of 256
+    Kernel(r"chunk_fwd.*Sm80.*f16ELi\d+ELi2E", 6, 168, ("HMMA.16816.F32", "LDGSTS.E.BYPASS.128")),
+    Kernel(r"chunk_fwd.*Sm80.*f16ELi\d+ELi1E", 12, 255, ("HMMA.16816.F32", "LDGSTS.E.BYPASS.128")),
+    Kernel(r"chunk_fwd.*Sm80EfLi\d+ELi2E", 2, 168, ("HMMA.1688.F32.TF32", "LDGSTS.E.BYPASS.128")),
+    Kernel(r"chunk_fwd.*Sm80EfLi\d+ELi1E", 3, 255, ("HMMA.1688.F32.TF32", "LDGSTS.E.BYPASS.128")),
+    Kernel(r"chunk_fwd.*Sm90.*ELi\d+ELi2E", 8, 168, ("HGMMA.64x64x16", "UTMALDG.4D"), HOPPER),
+    Kernel(r"chunk_fwd.*Sm90.*ELi\d+ELi1E", 12, 255, ("HGMMA.64x64x16", "UTMALDG.4D"), HOPPER),
+    Kernel(r"chunk_scan_kernel", 3, 255, ("HMMA.1688.F32.TF32", "LDGSTS.E.BYPASS.128")),
+    Kernel(r"chunk_zero_tail_kernel", 1, 64, ("STG.E.128",)),
 ]
 FORBIDDEN = ("LDL", "STL")
 

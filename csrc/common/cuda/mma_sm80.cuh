@@ -37,11 +37,11 @@ template <Major kMajor>
 __device__ inline float2 load_pair(Operand<float, kMajor> x, int mn, int k) {
   if constexpr (kMajor == Major::k) {
     const auto at = x.from(0, k);
-    return load_two(swizzle<float>(at.first + uint32_t(mn) * 128));
+    return load_two(permuted<float>(at.first, mn, 0));
   } else {
     const auto at = x.from(0, mn);
-    return {load_one(swizzle<float>(at.first + uint32_t(k) * 128)),
-            load_one(swizzle<float>(at.first + uint32_t(k + 1) * 128))};
+    return {load_one(permuted<float>(at.first, k, 0)),
+            load_one(permuted<float>(at.first, k + 1, 0))};
   }
 }
 
@@ -52,10 +52,10 @@ __device__ inline uint32_t block_address(Operand<E, kMajor> x, int mn, int k) {
   const int lane = threadIdx.x % 32, inner = lane / 8 % 2 * 8, outer = lane / 16 * 8;
   if constexpr (kMajor == Major::k) {  // rows of the tile are mn
     const int row = lane % 8 + (kIsA ? inner : outer), col = k + (kIsA ? outer : inner);
-    return swizzle<E>(x.from(0, col).first + uint32_t(mn + row) * 128);
+    return permuted<E>(x.from(0, col).first, mn + row, 0);
   } else {
     const int row = lane % 8 + (kIsA ? outer : inner), col = mn + (kIsA ? inner : outer);
-    return swizzle<E>(x.from(0, col).first + uint32_t(k + row) * 128);
+    return permuted<E>(x.from(0, col).first, k + row, 0);
   }
 }
 
@@ -87,6 +87,8 @@ __device__ inline void split_tf32(float x, uint32_t& high, uint32_t& low) {
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(low) : "f"(x - __uint_as_float(high)));
 }
 
+// Tensor cores cut off what does not fit into the sum, and always downwards: the three products of
+// a step have a sum of their own, which is then added with rounding.
 // The k of a float product may come in any order, as long as both operands agree: the lanes' k = t
 // and t + 4 of an mma are the columns 2 t and 2 t + 1 that a lane of an accumulator has.
 template <int kN, Major kMajor>
@@ -101,9 +103,12 @@ __device__ inline void multiply_step(float (&c)[kN / 8][4], const float (&a)[4],
     const float2 x = load_pair(b, 8 * n + g, k + 2 * t);
     uint32_t high0, high1, low0, low1;
     split_tf32(x.x, high0, low0), split_tf32(x.y, high1, low1);
-    multiply_tf32(c[n], low, high0, high1);
-    multiply_tf32(c[n], high, low0, low1);
-    multiply_tf32(c[n], high, high0, high1);
+    float sum[4] = {};
+    multiply_tf32(sum, low, high0, high1);
+    multiply_tf32(sum, high, low0, low1);
+    multiply_tf32(sum, high, high0, high1);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[n][i] += sum[i];
   }
 }
 }  // namespace sm80

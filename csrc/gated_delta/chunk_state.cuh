@@ -1,0 +1,91 @@
+// S^T of a state warpgroup, 64 rows (of V) by K in registers, to and from memory.
+#pragma once
+#include "common/cuda/transpose.cuh"
+#include "gated_delta/chunk_device.cuh"
+
+namespace df::cuda {
+// fn(index, inside, element) for this lane's elements of rows v0 on; index: that of a state [K, V],
+// or [V, K] v-first; inside: whether the state has it.
+template <int kN, class Fn>
+__device__ inline void each_element(const ChunkShape& shape, bool v_first, int v0,
+                                    float (&c)[kN][4], Fn fn) {
+  const int K = int(shape.K), V = int(shape.V);
+  const int row_step = v_first ? K : 1, col_step = v_first ? 1 : V;
+  const int thread = thread_anew(), k = thread % 4 * 2;
+  const int v = v0 + thread % 128 / 32 * 16 + thread % 32 / 4;
+  int index = v * row_step + k * col_step;
+#pragma unroll
+  for (int n = 0; n < kN; ++n, index += 8 * col_step)
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      fn(index + i / 2 * 8 * row_step + i % 2 * col_step,
+         v + i / 2 * 8 < V && k + 8 * n + i % 2 < K, c[n][i]);
+}
+
+// Null: zeros.
+template <int kN>
+__device__ inline void load_state(const float* from, bool v_first, const ChunkShape& shape, int v0,
+                                  float (&S)[kN][4]) {
+  each_element(shape, v_first, v0, S,
+               [&](int index, bool inside, float& x) { x = from && inside ? from[index] : 0; });
+}
+template <int kN>
+__device__ inline void store_state(float* to, bool v_first, const ChunkShape& shape, int v0,
+                                   float (&S)[kN][4]) {
+  each_element(shape, v_first, v0, S, [&](int index, bool inside, float& x) {
+    if (inside) to[index] = x;
+  });
+}
+
+// S^T in the inputs' type to rows of `stride` elements, a multiple of 64: that many columns.
+template <class E, int kN>
+__device__ inline void store_rounded(const float (&S)[kN][4], E* to, int stride) {
+  const int thread = thread_anew(), row = thread % 128 / 32 * 16 + thread % 32 / 4;
+  E* at = to + row * stride + thread % 4 * 2;
+#pragma unroll
+  for (int half = 0; half < 2; ++half, at += 8 * stride)
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      if (8 * n >= stride) break;
+      const float x = S[n][2 * half], y = S[n][2 * half + 1];
+      if constexpr (sizeof(E) == 2)
+        *reinterpret_cast<uint32_t*>(at + 8 * n) = pack<E>(x, y);
+      else
+        *reinterpret_cast<float2*>(at + 8 * n) = {x, y};
+    }
+}
+
+// The 16 columns of this warp in a tile of tokens to `rows` rows of a tensor, of whose `cols`
+// columns the first is the tile's first. Eight lanes meet no bank twice.
+template <class T>
+__device__ inline void store_output(const T& tile, int first_col, typename T::E* to, int64_t stride,
+                                    int rows, int cols, bool vectors) {
+  using E = typename T::E;
+  constexpr int kUnit = 16 / int(sizeof(E)), kUnits = 16 / kUnit;
+  const int thread = thread_anew(), lane = thread % 32, own = thread % 128 / 32 * 16;
+#pragma unroll 1
+  for (int i = 0; i < T::kRows * kUnits; i += 32) {
+    const int rank = (i + lane) / kUnits, row = rank / 8 * 8 + rank % 4 * 2 + rank / 4 % 2;
+    const int col = own + (i + lane) % kUnits * kUnit;
+    if (row >= rows || col >= cols) continue;
+    float x[4];
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
+                 : "r"(tile.at(row, first_col + col))
+                 : "memory");
+    E* const at = to + row * stride + col;
+    if (vectors) {
+      __stcg(reinterpret_cast<float4*>(at), float4{x[0], x[1], x[2], x[3]});
+      continue;
+    }
+#pragma unroll
+    for (int e = 0; e < kUnit; ++e) {
+      if (col + e >= cols) break;
+      if constexpr (sizeof(E) == 2)
+        at[e].bits = uint16_t(__float_as_uint(x[e / 2]) >> e % 2 * 16);
+      else
+        at[e] = x[e];
+    }
+  }
+}
+}  // namespace df::cuda
