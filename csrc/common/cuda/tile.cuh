@@ -52,8 +52,8 @@ struct Tile {
 
   __device__ uint32_t at(int row, int col) const {
     constexpr int kPanel = kPanelCols<E>;
-    return swizzle<E>(base + uint32_t(col / kPanel) * (kRows * 128) + uint32_t(row) * 128 +
-                      uint32_t(col % kPanel) * uint32_t(sizeof(E)));
+    return base + swizzle<E>(uint32_t(col / kPanel) * (kRows * 128) + uint32_t(row) * 128 +
+                             uint32_t(col % kPanel) * uint32_t(sizeof(E)));
   }
   __device__ Operand<E, Major::k> along_k() const { return {base, kRows * 128}; }
   __device__ Operand<E, Major::mn> along_mn() const { return {base, kRows * 128}; }
