@@ -10,7 +10,7 @@ namespace df {
 struct ChunkBwdCuda {
   ChunkCuda in;
   Input d_o;
-  State d_final_state;        // [N,HV,K,V], or [N,HV,V,K] v-first, of any type; may be null
+  const float* d_final_state;  // [N,HV,K,V], or [N,HV,V,K] v-first; may be null
   BySlot inverse, states;     // of the forward
   BySlot dstates;             // gradients of the states that leave chunks: written, then read
   void *dq, *dk, *dv;         // in the inputs' type; `chunks` reads dv, which is dW
