@@ -122,7 +122,7 @@ __device__ inline void store_transposed(const float (&c)[kN][4], E* to, int64_t 
       }
     }
   } else {
-    const int row = fragment_col(0, 0), col = fragment_row(0);
+    const int row = opaque(fragment_col(0, 0)), col = fragment_row(0);
     float* at = to + row * stride + col;
 #pragma unroll
     for (int n = 0; n < kN; ++n, at += 8 * stride)
