@@ -1,0 +1,671 @@
+// Backward of the chunk form, everything but the chain of dS (gated_delta.md, 2.4 and 2.5). Of one
+// chunk, with row scalings by gam, del, beta, 1 / |q|, 1 / |k| left out:
+//   W = V - K S0     E = T' W     M = dW E^T     N = dO E^T                    (C x V, C x C)
+//   dP = Gam o N diag(beta)       dKK = -Gam o strictlower(M) diag(beta)
+//   dQ += dO S0^T + dP K          dK += E dS^T - dW S0^T + dP^T Q + (dKK + dKK^T) K
+// dU is never formed: dbeta_i = E_i . dU_i - sum_j L_ji M_ji is the column sum of Gam o N o QK^T
+// - L o M, plus k_i . (E dS^T)_i. The same two matrices, times diag(beta), are Z of the rectangle
+// form of dg, whose column sums from row t on are thus sums for both.
+//
+// CTA = (slot, q/k head), all value heads of the group one after the other, tiles of 64 columns of
+// V one after the other: dQ and dK stay in registers from the first to the last and are rounded
+// once. Two groups of warps, C rows each, do the same with other operands:
+//   queries: W, E; a = dO, square = N, gram = QK^T, d = dQ
+//   keys:    <S0, dS>; a = dW, square = M, gram = KK^T, d = dK
+// 16 bits: C = 64, a group is a warpgroup. float32: C = 32, the two are the halves of one
+// warpgroup, whose tiles are rebased so that its warps 2 and 3 meet rows 0 to 31 (`own`).
+// Phases of a tile of V, a barrier after each; a buffer is filled again when its last reader is
+// through, and the copy has the time until its next reader:
+//   1 queries: W = V - gam K S0, X = dO S0^T       keys: Y = -gam dW S0^T
+//   2 queries: E = T' W                            keys: <S0, dS>
+//     -> S0, V, dO, dW of the next tile
+//   3 square += a E^T                              keys: E dS^T
+//     -> dS of the next tile
+// and once a head: dP and dKK (over T'), products with K and Q, sums for dg and dbeta.
+// Shared bytes, 16 bits: 48 KB + 512 K + 7 KB (K = 128: 119 KB); K = 256 on mma.sync lets S0 and
+// dS take turns in one buffer, 120 KB + 32 KB. float32: 24 KB + 512 K + 4 KB.
+// Registers: K / 2 of dQ or dK, 32 each of gram, square and a product in flight; for K > 128 gram
+// is computed again for each head. One CTA an SM.
+// Per chunk and head at K = V = 128: 8.9 MFLOP * 2, 128 KB + 64 KB a group: bound by memory.
+#pragma once
+#include "common/cuda/mma_sm80.cuh"
+#include "gated_delta/chunk_bwd_cuda.h"
+#include "gated_delta/chunk_device.cuh"
+
+namespace df::cuda {
+template <class Arch_, class E_, int kK_>
+struct ChunkGradConfig {
+  using Arch = Arch_;
+  using E = E_;
+  static constexpr int kK = kK_, kC = sizeof(E) == 2 ? 64 : 32, kV = kC;
+  static constexpr int kGroupThreads = 2 * kC, kThreads = 2 * kGroupThreads;
+  static constexpr int kWarps = kC / 16;  // of a group
+  static constexpr bool kOneState = !Arch::kAsync && sizeof(E) == 2 && kK == 256;
+  static constexpr bool kKeepGram = kK <= 128;
+  using KeyTile = Tile<E, kC, kK>;
+  using StateTile = Tile<E, kV, kK>;
+  using SquareTile = Tile<E, kC, kC>;  // C x C, and C x one tile of V
+};
+
+template <class C>
+struct ChunkGradScalars {
+  TokenTable<C::kC> table[2];                // of this head and the next; the norms in the first
+  float columns[2][C::kWarps][C::kC];        // sums over a warp's rows, of queries and keys
+  float rectangle[2][C::kC];                 // sum_{i>=t>j} Z_ij, their parts
+  float rho[C::kC], kap[C::kC];              // kap without beta
+  float inner[C::kWarps];                    // <S0, dS> by warp
+};
+
+template <class C>
+struct ChunkGradTiles {
+  using E = typename C::E;
+  typename C::KeyTile key[2];     // q and k as they are
+  typename C::StateTile s, ds;    // S0^T, dS^T
+  typename C::SquareTile square[2];  // T' and what its rounding left; then dP and dKK
+  typename C::SquareTile v, w, a[2];  // w: W, then E; a: dO and dW
+  ChunkGradScalars<C>* scalars;
+
+  static constexpr int kSquare = C::SquareTile::kBytes, kState = C::StateTile::kBytes;
+  static constexpr int kBytes = 2 * C::KeyTile::kBytes + (C::kOneState ? 1 : 2) * kState +
+                                6 * kSquare + int(sizeof(ChunkGradScalars<C>));
+  __device__ explicit ChunkGradTiles(char* shared) {
+    uint32_t at = shared_address(shared);
+    const auto take = [&](int bytes) { return (at += bytes) - bytes; };
+    key[0] = {take(C::KeyTile::kBytes)}, key[1] = {take(C::KeyTile::kBytes)};
+    s = {take(kState)}, ds = C::kOneState ? s : typename C::StateTile{take(kState)};
+    for (auto* tile : {&square[0], &square[1], &v, &w, &a[0], &a[1]}) *tile = {take(kSquare)};
+    scalars = reinterpret_cast<ChunkGradScalars<C>*>(shared + (at - shared_address(shared)));
+  }
+};
+
+// Two neighbouring elements of a tile as floats, and back.
+template <class T>
+__device__ inline float2 load_two_of(const T& tile, int row, int col) {
+  using E = typename T::E;
+  if constexpr (sizeof(E) == 2) {
+    uint32_t both;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(both) : "r"(tile.at(row, col)) : "memory");
+    return unpack<E>(both);
+  } else {
+    return sm80::load_two(tile.at(row, col));
+  }
+}
+template <class T>
+__device__ inline void store_two_of(const T& tile, int row, int col, float x, float y) {
+  using E = typename T::E;
+  if constexpr (sizeof(E) == 2)
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(tile.at(row, col)), "r"(pack<E>(x, y)) : "memory");
+  else
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(tile.at(row, col)), "f"(x), "f"(y)
+                 : "memory");
+}
+__device__ inline uint4 load_unit(uint32_t address) {
+  uint4 x;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(address)
+               : "memory");
+  return x;
+}
+template <class E>
+__device__ inline float dot_words(uint32_t x, uint32_t y) {
+  if constexpr (sizeof(E) == 2) {
+    const float2 a = unpack<E>(x), b = unpack<E>(y);
+    return a.x * b.x + a.y * b.y;
+  } else {
+    return __uint_as_float(x) * __uint_as_float(y);
+  }
+}
+
+// A fragment with its rows g and g + 8 times factor[0] and factor[1].
+template <int kN, class E>
+__device__ inline Fragment<E, kN> scale_fragment(const Fragment<E, kN>& a,
+                                                 const float (&factor)[2]) {
+  Fragment<E, kN> y;
+  if constexpr (sizeof(E) == 2) {
+#pragma unroll
+    for (int k = 0; k < kN / 16; ++k)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 x = unpack<E>(a.r[k][i]);
+        y.r[k][i] = pack<E>(x.x * factor[i % 2], x.y * factor[i % 2]);
+      }
+  } else {
+#pragma unroll
+    for (int k = 0; k < kN / 8; ++k)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) y.r[k][i] = a.r[k][i] * factor[i / 2];
+  }
+  return y;
+}
+
+// A thread's view of the CTA's chunk.
+template <class C>
+struct ChunkGrads {
+  using Arch = typename C::Arch;
+  using E = typename C::E;
+  static constexpr int kK = C::kK, kC = C::kC, kV = C::kV;
+  static constexpr int kUnit = 16 / int(sizeof(E));
+
+  const ChunkBwdCuda& p;
+  ChunkGradTiles<C> tiles;
+  ChunkGradScalars<C>& scalars;
+  int64_t slot, key_head, batch, first;  // first token
+  int rows, role;                        // role: 0 queries, 1 keys
+  int thread, warp;                      // of the group
+  int row[2];                            // of this thread's accumulators
+
+  __device__ ChunkGrads(const ChunkBwdCuda& p, char* shared, const ChunkPlace& place, int64_t slot,
+                        int64_t key_head)
+      : p(p),
+        tiles(shared),
+        scalars(*tiles.scalars),
+        slot(slot),
+        key_head(key_head),
+        batch(place.sequence.batch),
+        first(place.sequence.begin + place.chunk * kC),
+        rows(place.rows),
+        role(__shfl_sync(0xffffffffu, int(threadIdx.x) / C::kGroupThreads, 0)),
+        thread(threadIdx.x % C::kGroupThreads),
+        warp(thread / 32),
+        row{fragment_row(0) % kC, fragment_row(2) % kC} {}
+
+  // A tile as this group's fragment functions must be handed it.
+  template <class T>
+  __device__ T own(const T& tile) const {
+    return {tile.base - uint32_t(kC == 32 ? role * 32 * 128 : 0)};
+  }
+  __device__ static void barrier() { named_barrier_sync(0, C::kThreads); }
+  __device__ void group_barrier() const { named_barrier_sync(1 + role, C::kGroupThreads); }
+
+  // ---- copies, by all threads
+  template <class T>
+  __device__ void load_rows(const T& tile, const Input& x, int64_t head, int col, int64_t size) {
+    const E* from = static_cast<const E*>(x.data) + offset(x, batch, first, head) + col;
+    if (reinterpret_cast<uintptr_t>(from) % 16 == 0 && x.t % kUnit == 0 && size % kUnit == 0)
+      load_tile<true, C::kThreads>(tile, from, x.t, rows, int(size) - col, threadIdx.x);
+    else
+      load_tile<false, C::kThreads>(tile, from, x.t, rows, int(size) - col, threadIdx.x);
+  }
+  __device__ const E* by_slot(const BySlot& x, int64_t head) const {
+    return static_cast<const E*>(x.data) + slot * x.slot + head * x.head;
+  }
+  __device__ void load_state(const typename C::StateTile& tile, const BySlot& x, int64_t head,
+                             int v0) {
+    load_tile<true, C::kThreads>(tile, by_slot(x, head) + v0 * kK, kK, kV, kK, threadIdx.x);
+  }
+  __device__ void load_entering(int64_t head, int v0) {  // S0, V, dO, dW
+    const ChunkShape& s = p.in.shape;
+    load_state(tiles.s, p.states, head, v0);
+    load_rows(tiles.v, p.in.v, head, v0, s.V);
+    load_rows(tiles.a[0], p.d_o, head, v0, s.V);
+    const Input dW{p.dv, p.in.v.dtype, s.T * s.HV * s.V, s.HV * s.V, s.V};
+    load_rows(tiles.a[1], dW, head, v0, s.V);
+  }
+  __device__ void load_leaving(int64_t head, int v0) { load_state(tiles.ds, p.dstates, head, v0); }
+  __device__ void load_inverse(int64_t head) {
+    const E* from = by_slot(p.inverse, head);
+    load_tile<true, C::kThreads>(tiles.square[0], from, kC, kC, kC, threadIdx.x);
+    if constexpr (sizeof(E) == 2)
+      load_tile<true, C::kThreads>(tiles.square[1], from + kC * kC, kC, kC, kC, threadIdx.x);
+  }
+  template <int kLeft>
+  __device__ static void arrive() {  // all but the last kLeft groups of copies are visible to all
+    cp_async_wait<kLeft>();
+    Arch::stores_visible();
+    barrier();
+  }
+
+  // ---- phases of a tile of V
+  // d += factor o (a S^T) with S^T of `state`; dots += rows of a S^T times those of `key`.
+  __device__ void read_state(Fragment<E, kV>& a, const typename C::StateTile& state,
+                             const typename C::KeyTile& key, const float (&factor)[2],
+                             float (&dots)[2], float (&d)[kK / 8][4]) const {
+#pragma unroll
+    for (int k0 = 0; k0 < kK; k0 += 64) {
+      Accumulator<64> x;
+      clear<64>(x);
+      Arch::begin(x, a);
+      Arch::template mma<64, kV>(x, a, state.along_mn().from(0, k0));
+      Arch::commit();
+      Arch::template wait<0>(x, a);
+#pragma unroll
+      for (int n = 0; n < 8; ++n)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float2 y = load_two_of(key, row[half], k0 + fragment_col(n, 0));
+          const float x0 = x[n][2 * half], x1 = x[n][2 * half + 1];
+          dots[half] += y.x * x0 + y.y * x1;
+          d[k0 / 8 + n][2 * half] += factor[half] * x0;
+          d[k0 / 8 + n][2 * half + 1] += factor[half] * x1;
+        }
+    }
+  }
+
+  // W = V - gam o K S0 into w; dots += rows of K S0 times those of dW.
+  __device__ void residuals(const TokenTable<kC>& t, float (&dots)[2]) const {
+    Accumulator<kV> x;
+    clear<kV>(x);
+    Arch::begin(x);
+    Arch::template mma<kV, kK>(x, tiles.key[1].along_k(), tiles.s.along_k());
+    Arch::commit();
+    Arch::template wait<0>(x);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float factor = t.gam[row[half]] * scalars.table[0].rk[row[half]];
+#pragma unroll
+      for (int n = 0; n < kV / 8; ++n) {
+        const int col = fragment_col(n, 0);
+        const float x0 = x[n][2 * half], x1 = x[n][2 * half + 1];
+        const float2 v = load_two_of(tiles.v, row[half], col);
+        const float2 dW = load_two_of(tiles.a[1], row[half], col);
+        dots[half] += x0 * dW.x + x1 * dW.y;
+        store_two_of(tiles.w, row[half], col, v.x - factor * x0, v.y - factor * x1);
+      }
+    }
+  }
+
+  __device__ void errors() const {  // E = T' W, in the place of W
+    Accumulator<kV> e;
+    clear<kV>(e);
+    Arch::begin(e);
+    Arch::template mma<kV, kC>(e, tiles.square[0].along_k(), tiles.w.along_mn());
+    if constexpr (sizeof(E) == 2)
+      Arch::template mma<kV, kC>(e, tiles.square[1].along_k(), tiles.w.along_mn());
+    Arch::commit();
+    Arch::template wait<0>(e);
+    group_barrier();  // W is read
+    store_tile<kV>(e, tiles.w);
+  }
+
+  __device__ float inner_product(int64_t head, int v0) const {
+    constexpr int kUnits = kK / kUnit;
+    const E* from = by_slot(p.dstates, head) + v0 * kK;
+    float sum = 0;
+#pragma unroll 4
+    for (int i = thread; i < kV * kUnits; i += C::kGroupThreads) {
+      const int at = i / kUnits, col = i % kUnits * kUnit;
+      const uint4 x = load_unit(tiles.s.at(at, col));
+      const uint4 y = C::kOneState ? __ldcg(reinterpret_cast<const uint4*>(from + at * kK + col))
+                                   : load_unit(tiles.ds.at(at, col));
+      sum += (dot_words<E>(x.x, y.x) + dot_words<E>(x.y, y.y)) +
+             (dot_words<E>(x.z, y.z) + dot_words<E>(x.w, y.w));
+    }
+    return sum;
+  }
+
+  // ---- once a head
+  __device__ void gram_product(float (&gram)[kC / 8][4]) const {  // QK^T or KK^T, not normed
+    clear<kC>(gram);
+    Arch::begin(gram);
+    Arch::template mma<kC, kK>(gram, own(tiles.key[role]).along_k(), tiles.key[1].along_k());
+    Arch::commit();
+    Arch::template wait<0>(gram);
+  }
+
+  // From N or M to dP or dKK in `square`, and without beta, times gram, in `gram`.
+  __device__ void square_gradients(const TokenTable<kC>& t, float (&square)[kC / 8][4],
+                                   float (&gram)[kC / 8][4]) const {
+    const TokenTable<kC>& norms = scalars.table[0];
+    const float factor = role ? -1.0f : p.in.scale;
+#pragma unroll
+    for (int n = 0; n < kC / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int r = row[i / 2], col = fragment_col(n, i);
+        const bool lower = col <= r - role;
+        const float x = lower ? factor * t.decay(r, col) * square[n][i] : 0.0f;
+        const float norm = (role ? norms.rk[r] : norms.rq[r]) * norms.rk[col];
+        gram[n][i] = lower ? x * gram[n][i] * norm : 0.0f;
+        square[n][i] = x * t.beta[col];
+      }
+  }
+
+  // d += square K; leaves square in the place of T' for the products with its transpose.
+  __device__ void add_rows_of_keys(const float (&square)[kC / 8][4], float (&d)[kK / 8][4]) const {
+    const TokenTable<kC>& norms = scalars.table[0];
+    Accumulator<kC> x;
+#pragma unroll
+    for (int n = 0; n < kC / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        x[n][i] = square[n][i] * (role ? norms.rk[row[i / 2]] : norms.rq[row[i / 2]]);
+    store_tile<kC>(x, own(tiles.square[role]));
+#pragma unroll
+    for (int n = 0; n < kC / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[n][i] = square[n][i] * norms.rk[fragment_col(n, i)];
+    Fragment<E, kC> a;
+    to_fragment<E, kC>(x, a);
+    Arch::begin(d, a);
+    Arch::template mma<kK, kC>(d, a, tiles.key[1].along_mn());
+    Arch::commit();
+    Arch::template wait<0>(d, a);
+  }
+  __device__ void add_columns_of_keys(float (&d)[kK / 8][4]) const {  // dP^T Q + dKK^T K
+    Arch::begin(d);
+    Arch::template mma<kK, kC>(d, own(tiles.square[0]).along_mn(), tiles.key[0].along_mn());
+    Arch::template mma<kK, kC>(d, own(tiles.square[1]).along_mn(), tiles.key[1].along_mn());
+    Arch::commit();
+    Arch::template wait<0>(d);
+  }
+
+  // Column sums of x over rows from t on, for all t; their part left of t, times beta, summed to
+  // `rectangle`. What x holds on the diagonal reaches the column sums only.
+  __device__ void rectangle_sums(const TokenTable<kC>& t, float (&x)[kC / 8][4]) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int n = 0; n < kC / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float upper = x[n][i], below = x[n][i + 2];
+#pragma unroll
+        for (int step = 4; step < 32; step *= 2) {
+          const float next = __shfl_down_sync(0xffffffffu, upper, step);
+          const float next_below = __shfl_down_sync(0xffffffffu, below, step);
+          if (lane + step < 32) upper += next, below += next_below;
+        }
+        upper += __shfl_sync(0xffffffffu, below, lane % 4);
+        if (lane < 4) scalars.columns[role][warp][fragment_col(n, i)] = upper;
+        x[n][i] = upper, x[n][i + 2] = below;
+      }
+    group_barrier();
+    float sums[2] = {0, 0};
+#pragma unroll
+    for (int n = 0; n < kC / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int col = fragment_col(n, i);
+        float later = 0;
+        for (int w = warp + 1; w < C::kWarps; ++w) later += scalars.columns[role][w][col];
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          if (col < row[half]) sums[half] += t.beta[col] * (x[n][i + 2 * half] + later);
+      }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float sum = lane_sum<4>(sums[half]);
+      if (lane % 4 == 0) scalars.rectangle[role][row[half]] = sum;
+    }
+  }
+
+  // rho = q . X + k . Y of the queries' dots, or kap = k . (E dS^T) of the keys'; <S0, dS>.
+  __device__ void row_sums(const TokenTable<kC>& t, const float (&key_dots)[2],
+                           const float (&value_dots)[2], float inner) const {
+    const TokenTable<kC>& norms = scalars.table[0];
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = row[half];
+      const float x = lane_sum<4>(key_dots[half]), y = lane_sum<4>(value_dots[half]);
+      if (lane % 4) continue;
+      if (role)
+        scalars.kap[r] = t.del[r] * norms.rk[r] * x;
+      else
+        scalars.rho[r] = t.gam[r] * (p.in.scale * norms.rq[r] * x - norms.rk[r] * y);
+    }
+    inner = lane_sum<32>(inner);
+    if (role && lane == 0) scalars.inner[warp] = inner;
+  }
+
+  // dg_t = e^{G_C} <dS, S0> + sum_{j<t} kap_j + sum_{i>=t} rho_i + sum_{i>=t>j} Z_ij, dbeta, and
+  // both through gate and sigmoid; by one warp.
+  __device__ void scalar_gradients(const TokenTable<kC>& t, int64_t head) const {
+    const HeadGate gate = head_gate(p.in.pre, head);
+    const float scale = float(p.in.pre.sigmoid_scale);
+    const int lane = threadIdx.x % 32;
+    float inner = 0, before = 0, after = 0, kap[kC / 32], rho[kC / 32];
+    for (int w = 0; w < C::kWarps; ++w) inner += scalars.inner[w];
+#pragma unroll
+    for (int part = 0; part < kC / 32; ++part) {  // running sums: kap without the token itself
+      const float x = scalars.kap[part * 32 + lane] * t.beta[part * 32 + lane];
+      float sum = x;
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) {
+        const float other = __shfl_up_sync(0xffffffffu, sum, step);
+        if (lane >= step) sum += other;
+      }
+      const float previous = __shfl_up_sync(0xffffffffu, sum, 1);
+      kap[part] = before + (lane ? previous : 0);
+      before += __shfl_sync(0xffffffffu, sum, 31);
+    }
+#pragma unroll
+    for (int part = kC / 32 - 1; part >= 0; --part) {
+      float sum = scalars.rho[part * 32 + lane];
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) {
+        const float other = __shfl_down_sync(0xffffffffu, sum, step);
+        if (lane + step < 32) sum += other;
+      }
+      rho[part] = after + sum;
+      after += __shfl_sync(0xffffffffu, sum, 0);
+    }
+    float sums[2] = {0, 0};
+#pragma unroll
+    for (int part = 0; part < kC / 32; ++part) {
+      const int i = part * 32 + lane;
+      if (i >= rows) continue;
+      const Token x = load_token(p.in, gate, batch, first + i, head);
+      float dg = t.chunk_decay * inner + kap[part] + rho[part] +
+                 (scalars.rectangle[0][i] + scalars.rectangle[1][i]);
+      float dbeta = scalars.kap[i];
+      for (int w = 0; w < C::kWarps; ++w)
+        dbeta += scalars.columns[0][w][i] + scalars.columns[1][w][i];
+      const bool clamped = x.g < kMinGate;
+      if (clamped) dg = 0;
+      if (gate.fused) {
+        sums[0] += dg * (clamped ? kMinGate : x.g);
+        dg *= gate.rate * sigmoid(x.raw + gate.bias);
+        sums[1] += dg;
+      }
+      if (scale > 0) dbeta *= x.beta * (1 - x.beta / scale);
+      const int64_t at = (batch * p.in.shape.T + first + i) * p.in.shape.HV + head;
+      p.dg[at] = dg, p.dbeta[at] = dbeta;
+    }
+    if (!p.dA_log) return;
+    const float total[2] = {lane_sum<32>(sums[0]), lane_sum<32>(sums[1])};
+    const int64_t at = slot * p.in.shape.HV + head;
+    if (lane == 0) p.dA_log[at] = total[0];
+    if (lane == 0 && p.ddt_bias) p.ddt_bias[at] = total[1];
+  }
+
+  // ---- at the end: dq or dk from that of the normed row, through its tile
+  __device__ void store_keys(const float (&d)[kK / 8][4]) const {
+    const typename C::KeyTile& tile = tiles.key[role];
+    const TokenTable<kC>& norms = scalars.table[0];
+    const ChunkShape& s = p.in.shape;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float r = role ? norms.rk[row[half]] : norms.rq[row[half]];
+      float along = 0;
+#pragma unroll
+      for (int n = 0; n < kK / 8; ++n) {
+        const float2 x = load_two_of(tile, row[half], fragment_col(n, 0));
+        along += x.x * d[n][2 * half] + x.y * d[n][2 * half + 1];
+      }
+      along = p.in.l2norm ? r * r * lane_sum<4>(along) : 0;
+#pragma unroll
+      for (int n = 0; n < kK / 8; ++n) {
+        const int col = fragment_col(n, 0);
+        const float2 x = load_two_of(tile, row[half], col);
+        store_two_of(tile, row[half], col, r * (d[n][2 * half] - x.x * along),
+                     r * (d[n][2 * half + 1] - x.y * along));
+      }
+    }
+    group_barrier();
+    E* to = static_cast<E*>(role ? p.dk : p.dq) +
+            ((batch * s.T + first) * s.H + key_head) * s.K;
+    constexpr int kUnits = kK / kUnit;
+    for (int i = thread; i < rows * kUnits; i += C::kGroupThreads) {
+      const int at = i / kUnits, col = i % kUnits * kUnit;
+      if (col >= s.K) continue;
+      const uint4 x = load_unit(tile.at(at, col));
+      E* const there = to + at * s.H * s.K + col;
+      if (s.K % kUnit == 0) {
+        __stcg(reinterpret_cast<uint4*>(there), x);
+      } else {
+        const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+        for (int e = 0; e < kUnit; ++e) {
+          if (col + e >= s.K) break;
+          if constexpr (sizeof(E) == 2)
+            there[e].bits = uint16_t(words[e / 2] >> e % 2 * 16);
+          else
+            there[e] = __uint_as_float(words[e]);
+        }
+      }
+    }
+  }
+};
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, 1)
+    chunk_grads_kernel(const __grid_constant__ ChunkBwdCuda p) {
+  using Arch = typename C::Arch;
+  using E = typename C::E;
+  extern __shared__ __align__(1024) char shared[];
+  const ChunkShape& s = p.in.shape;
+  const int64_t slot = blockIdx.x / s.H, key_head = blockIdx.x % s.H, G = s.HV / s.H;
+  const ChunkPlace place = chunk_place(p.in, slot);
+  if (place.rows == 0) {
+    for (int64_t h = key_head * G + threadIdx.x; h < (key_head + 1) * G; h += C::kThreads) {
+      if (p.dA_log) p.dA_log[slot * s.HV + h] = 0;
+      if (p.ddt_bias) p.ddt_bias[slot * s.HV + h] = 0;
+    }
+    return;
+  }
+  ChunkGrads<C> my(p, shared, place, slot, key_head);
+  auto& tiles = my.tiles;
+  auto& scalars = my.scalars;
+
+  int64_t head = key_head * G;
+  my.load_rows(tiles.key[0], p.in.q, key_head, 0, s.K);
+  my.load_rows(tiles.key[1], p.in.k, key_head, 0, s.K);
+  my.load_entering(head, 0);
+  cp_async_commit();
+  if (!C::kOneState) my.load_leaving(head, 0);
+  cp_async_commit();
+  my.load_inverse(head);
+  cp_async_commit();
+  if (threadIdx.x < 32)
+    load_tokens(p.in, my.batch, my.first, my.rows, head, scalars.table[0]);
+  my.template arrive<2>();
+  row_norms<C::kGroupThreads>(tiles.key[my.role], p.in.l2norm, my.thread,
+                              my.role ? scalars.table[0].rk : scalars.table[0].rq);
+
+  Accumulator<C::kK> d;
+  Accumulator<C::kC> gram;
+  clear<C::kK>(d);
+  if constexpr (C::kKeepGram) my.gram_product(gram);
+
+  for (const int64_t end = head + G; head < end; ++head) {
+    const int turn = int(head - key_head * G) % 2;
+    const TokenTable<C::kC>& t = scalars.table[turn];
+    Accumulator<C::kC> square;
+    clear<C::kC>(square);
+    float key_dots[2] = {0, 0}, value_dots[2] = {0, 0}, inner = 0;
+    for (int v0 = 0; v0 < s.V; v0 += C::kV) {
+      const bool last = v0 + C::kV >= s.V, more = !last || head + 1 < end;
+      const int64_t next_head = last ? head + 1 : head;
+      const int next_v0 = last ? 0 : v0 + C::kV;
+
+      my.template arrive<2>();
+      Fragment<E, C::kV> a;
+      load_fragment<C::kV>(a, my.own(tiles.a[my.role]).along_k());
+      if (my.role == 0) {
+        my.residuals(t, value_dots);
+        const float factor[2] = {p.in.scale * t.gam[my.row[0]], p.in.scale * t.gam[my.row[1]]};
+        my.read_state(a, tiles.s, tiles.key[0], factor, key_dots, d);
+      } else {
+        Fragment<E, C::kV> y = scale_fragment<C::kV>(a, {-t.gam[my.row[0]], -t.gam[my.row[1]]});
+        Arch::begin(d, y);
+        Arch::template mma<C::kK, C::kV>(d, y, tiles.s.along_mn());
+        Arch::commit();
+        Arch::template wait<0>(d, y);
+      }
+
+      my.template arrive<0>();
+      if (my.role == 0) {
+        my.errors();
+      } else {
+        inner += my.inner_product(head, v0);
+        if (v0 == 0 && my.warp == 0 && head + 1 < end)
+          load_tokens(p.in, my.batch, my.first, my.rows, head + 1, scalars.table[1 - turn]);
+      }
+      Arch::stores_visible();
+      my.barrier();
+      if constexpr (C::kOneState) {
+        my.load_leaving(head, v0);
+        cp_async_commit();
+        my.template arrive<0>();
+      } else {
+        if (more) my.load_entering(next_head, next_v0);
+        cp_async_commit();
+      }
+
+      Arch::begin(square, a);
+      Arch::template mma<C::kC, C::kV>(square, a, tiles.w.along_k());
+      Arch::commit();
+      Arch::template wait<0>(square, a);
+      if (my.role == 1) {
+        load_fragment<C::kV>(a, my.own(tiles.w).along_k());
+        const float factor[2] = {t.beta[my.row[0]] * t.del[my.row[0]],
+                                 t.beta[my.row[1]] * t.del[my.row[1]]};
+        my.read_state(a, tiles.ds, tiles.key[1], factor, key_dots, d);
+      }
+      my.barrier();
+      if constexpr (C::kOneState) {
+        if (more) my.load_entering(next_head, next_v0);
+        cp_async_commit();
+      } else if (more) {
+        my.load_leaving(next_head, next_v0);
+      }
+      cp_async_commit();
+      if (!last) cp_async_commit();  // of T', which stays
+    }
+
+    Accumulator<C::kC> products;
+    if constexpr (C::kKeepGram) {
+#pragma unroll
+      for (int n = 0; n < C::kC / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) products[n][i] = gram[n][i];
+    } else {
+      my.gram_product(products);
+    }
+    my.square_gradients(t, square, products);
+    my.add_rows_of_keys(square, d);
+    Arch::stores_visible();
+    my.barrier();
+    if (my.role == 1) my.add_columns_of_keys(d);
+    my.rectangle_sums(t, products);
+    my.row_sums(t, key_dots, value_dots, inner);
+    my.barrier();
+    if (head + 1 < end) my.load_inverse(head + 1);
+    cp_async_commit();
+    if (threadIdx.x < 32) my.scalar_gradients(t, head);
+  }
+  my.store_keys(d);
+}
+
+template <class C>
+int chunk_grads_launch(const ChunkBwdCuda& p, void* stream) {
+  constexpr int kBytes = ChunkGradTiles<C>::kBytes;
+  const cudaError_t e = cudaFuncSetAttribute(
+      chunk_grads_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (e != cudaSuccess) return e;
+  const unsigned grid = unsigned(p.in.slots() * p.in.shape.H);
+  chunk_grads_kernel<C><<<grid, C::kThreads, kBytes, static_cast<cudaStream_t>(stream)>>>(p);
+  return cudaSuccess;
+}
+
+template <class Arch, class E>
+int chunk_grads_dispatch(const ChunkBwdCuda& p, void* stream) {
+  switch (pad64(p.in.shape.K)) {
+    case 64: return chunk_grads_launch<ChunkGradConfig<Arch, E, 64>>(p, stream);
+    case 128: return chunk_grads_launch<ChunkGradConfig<Arch, E, 128>>(p, stream);
+    case 192: return chunk_grads_launch<ChunkGradConfig<Arch, E, 192>>(p, stream);
+    default: return chunk_grads_launch<ChunkGradConfig<Arch, E, 256>>(p, stream);
+  }
+}
+}  // namespace df::cuda
