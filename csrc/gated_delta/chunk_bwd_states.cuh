@@ -18,6 +18,7 @@
 // Bytes a chunk of V columns and C = 64: 2 (2 K + 2 V) C + 4 C^2 in; 2 C V + 2 K V out.
 // FLOPs 2 C V (3 K + 3 C) + 2 C^2 K. Bound by the chain's latency, below 110 chains by it alone.
 #pragma once
+#include "common/cuda/transpose.cuh"
 #include "gated_delta/chunk_bwd_states_cta.cuh"
 
 namespace df::cuda {
@@ -33,7 +34,7 @@ __device__ inline float2 column_pair(const float* x, int n) {
 }
 
 template <class E, int kK>
-__device__ inline void scale_columns(Fragment<E, kK>& a, const float* factors) {
+__device__ inline void scale_tokens(Fragment<E, kK>& a, const float* factors) {
   if constexpr (sizeof(E) == 2) {
 #pragma unroll
     for (int k = 0; k < kK / 16; ++k)
@@ -51,7 +52,7 @@ __device__ inline void scale_columns(Fragment<E, kK>& a, const float* factors) {
   }
 }
 template <int kN>
-__device__ inline void scale_columns(float (&c)[kN][4], const float* factors) {
+__device__ inline void scale_tokens(float (&c)[kN][4], const float* factors) {
 #pragma unroll
   for (int n = 0; n < kN; ++n) {
     const float2 by = column_pair(factors, n);
@@ -69,15 +70,9 @@ __device__ inline uint2 exchange_pair(uint32_t first, uint32_t second) {
 __device__ inline int exchanged_col() {  // of a pair of tiles
   return threadIdx.x % 2 * 8 + threadIdx.x % 4 / 2 * 4;
 }
-__device__ inline uint32_t transpose(uint32_t x) {  // an 8 x 8 matrix of a warp
-  uint32_t y;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-  return y;
-}
-
 // A fragment to 64 rows of `to`, those of its columns that are below `cols`, a multiple of 64.
 template <class E, int kK>
-__device__ inline void store_fragment(const Fragment<E, kK>& a, E* to, int stride, int cols) {
+__device__ inline void store_state_rows(const Fragment<E, kK>& a, E* to, int stride, int cols) {
   E* const first = to + fragment_row(0) * stride;
   if constexpr (sizeof(E) == 2) {
 #pragma unroll
@@ -102,16 +97,16 @@ __device__ inline void store_fragment(const Fragment<E, kK>& a, E* to, int strid
 
 // c^T to `rows` rows (c's columns) of `to`, of which cols columns exist.
 template <class E, int kN>
-__device__ inline void store_transposed(const float (&c)[kN][4], E* to, int64_t stride, int rows,
-                                        int cols) {
+__device__ inline void store_tokens(const float (&c)[kN][4], E* to, int64_t stride, int rows,
+                                    int cols) {
   const int warp_col = threadIdx.x % 128 / 32 * 16;
   if constexpr (sizeof(E) == 2) {
     const int row = threadIdx.x % 32 / 4, col = warp_col + exchanged_col();
     E* at = to + row * stride + col;
 #pragma unroll
     for (int n = 0; n < kN; ++n, at += 8 * stride) {
-      const uint2 four =
-          exchange_pair(transpose(pack<E>(c[n][0], c[n][1])), transpose(pack<E>(c[n][2], c[n][3])));
+      const uint2 four = exchange_pair(transpose8(pack<E>(c[n][0], c[n][1])),
+                                       transpose8(pack<E>(c[n][2], c[n][3])));
       if (8 * n + row >= rows) continue;
       if (stride % 4 == 0) {
         if (col < cols) *reinterpret_cast<uint2*>(at) = four;
@@ -180,10 +175,10 @@ __device__ inline void output_gradients(const C& c, int stage, int group, int ch
     }
     M::template mma<kC, kSlice>(X, part, tiles.k.along_k().from(0, k));
     M::commit();
-    store_fragment(part, to + k, Kp, Kp - k);
+    store_state_rows(part, to + k, Kp, Kp - k);
     M::template wait<0>(X, part);
   }
-  scale_columns(X, f.k);
+  scale_tokens(X, f.k);
   if constexpr (kBeside) {
     M::template wait<0>(Y, dO);
 #pragma unroll
@@ -197,7 +192,7 @@ __device__ inline void output_gradients(const C& c, int stage, int group, int ch
     M::commit();
     M::template wait<0>(X, dO);
   }
-  scale_columns(X, f.beta);
+  scale_tokens(X, f.beta);
   to_fragment(X, dU);
 }
 
@@ -220,7 +215,7 @@ __device__ inline void step_back(const C& c, int stage, int group, int chunk,
   M::commit();
 
   load_fragment<kC>(b, tiles.d_o(group).along_mn());
-  scale_columns(b, f.q);
+  scale_tokens(b, f.q);
 #pragma unroll
   for (int n = 0; n < kK / 8; ++n)
 #pragma unroll
@@ -234,8 +229,8 @@ __device__ inline void step_back(const C& c, int stage, int group, int chunk,
   const int v0 = c.item().v0 + 64 * group;
   E* const to = static_cast<E*>(c.p.dv) +
                 ((c.item().batch * s.T + c.first(chunk)) * s.HV + c.item().head) * s.V + v0;
-  store_transposed(dW, to, s.HV * s.V, c.rows(chunk), int(s.V) - v0);
-  scale_columns(dW, f.w);
+  store_tokens(dW, to, s.HV * s.V, c.rows(chunk), int(s.V) - v0);
+  scale_tokens(dW, f.w);
   to_fragment(dW, a);
   M::begin(a);
   M::template mma<kK, kC>(dS, a, tiles.k.along_mn());
@@ -270,8 +265,8 @@ __device__ inline void prepare(const C& c, int stage, int chunk, int thread) {
   const ChunkCuda& in = c.p.in;
   auto& t = c.tokens();
   if (M::kAsync && rows < kC) {
-    zero_rows(tiles.q, rows, thread), zero_rows(tiles.k, rows, thread);
-    for (int group = 0; group < c.groups; ++group) zero_rows(tiles.d_o(group), rows, thread);
+    clear_rows<128>(tiles.q, rows, thread), clear_rows<128>(tiles.k, rows, thread);
+    for (int group = 0; group < c.groups; ++group) clear_rows<128>(tiles.d_o(group), rows, thread);
     M::stores_visible();
   }
   named_barrier_sync(1, 128);  // tokens, zeros, and where every thread copied: all tiles
@@ -310,12 +305,9 @@ __device__ inline void request(const C& c, const StatesMaps<M::kAsync>& maps, bo
   if (step >= c.stages) mbarrier_wait(c.empty(stage), phase ^ 1);
   if constexpr (M::kAsync) {
     load_stage(c, maps, chunk, stage);
-  } else if (vectors) {
-    load_stage<true>(c, chunk, stage, thread);
-    mbarrier_arrive_after_cp_async(c.loaded(stage));
   } else {
-    load_stage<false>(c, chunk, stage, thread);
-    mbarrier_arrive(c.loaded(stage));
+    load_stage(c, vectors, chunk, stage, thread);
+    mbarrier_arrive_after_cp_async(c.loaded(stage));
   }
 }
 
@@ -414,18 +406,6 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 }
 
 // ---- launch
-inline Tensor4 by_token(const ChunkCuda& in, const Input& x, int64_t columns, int64_t heads) {
-  const auto stride = [](int64_t size, int64_t s) { return size > 1 ? s : 0; };
-  return {x.data,
-          x.dtype,
-          {columns, heads, in.shape.T, in.B},
-          {stride(heads, x.h), stride(in.shape.T, x.t), stride(in.B, x.b)}};
-}
-inline bool whole_vectors(const Input& x, int64_t columns, int64_t unit) {
-  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.b % unit == 0 && x.t % unit == 0 &&
-         x.h % unit == 0 && columns % unit == 0;
-}
-
 // As many stages as fit, up to three; two V tiles a CTA if that leaves no SM without one.
 template <class M, class C>
 int chunk_bwd_states_launch(const ChunkBwdCuda& p, const StatesMaps<M::kAsync>& maps,
@@ -445,9 +425,8 @@ int chunk_bwd_states_launch(const ChunkBwdCuda& p, const StatesMaps<M::kAsync>& 
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (e != cudaSuccess) return e;
   const ChunkCuda& in = p.in;
-  constexpr int64_t kUnit = 16 / sizeof(typename C::E);
-  const bool vectors = whole_vectors(in.q, s.K, kUnit) && whole_vectors(in.k, s.K, kUnit) &&
-                       whole_vectors(p.d_o, s.V, kUnit);
+  const bool vectors = whole_vectors(tma_keys(in, in.q)) && whole_vectors(tma_keys(in, in.k)) &&
+                       whole_vectors(tma_values(in, p.d_o));
   kernel<<<chains * tiles / groups, 128 * (groups + 1), bytes, static_cast<cudaStream_t>(stream)>>>(
       p, maps, groups, stages, vectors);
   return cudaSuccess;
@@ -461,25 +440,21 @@ int chunk_bwd_states_by_size(const ChunkBwdCuda& p, const StatesMaps<M::kAsync>&
   return chunk_bwd_states_launch<M, StatesCta<E, 256>>(p, maps, stream);
 }
 
-// By TMA where it can address the inputs; false: it cannot.
 template <class E>
-bool chunk_bwd_states_async(const ChunkBwdCuda& p, void* stream, int* error) {
+int chunk_bwd_states_tma(const ChunkBwdCuda& p, void* stream) {
   const ChunkCuda& in = p.in;
   const ChunkShape& s = in.shape;
-  const Tensor4 q = by_token(in, in.q, s.K, s.H), k = by_token(in, in.k, s.K, s.H);
-  const Tensor4 d_o = by_token(in, p.d_o, s.V, s.HV);
-  const Tensor4 inverse{p.inverse.data,
-                        in.q.dtype,
-                        {s.C, s.HV, 2 * s.C, in.slots()},
-                        {p.inverse.head, s.C, p.inverse.slot}};
   StatesMaps<true> maps;
-  for (const Tensor4& x : {q, k, d_o, inverse})
-    if (!has_tensor_map(x)) return false;
+  cudaError_t e = cudaSuccess;
   const auto make = [&](CUtensorMap* map, const Tensor4& x) {
-    return *error || (*error = make_tensor_map(map, x, int(s.C)));
+    if (e == cudaSuccess) e = make_tensor_map(map, x, int(s.C));
   };
-  make(&maps.q, q), make(&maps.k, k), make(&maps.d_o, d_o), make(&maps.inverse, inverse);
-  if (!*error) *error = chunk_bwd_states_by_size<Sm90, E>(p, maps, stream);
-  return true;
+  make(&maps.q, tma_keys(in, in.q)), make(&maps.k, tma_keys(in, in.k));
+  make(&maps.d_o, tma_values(in, p.d_o));
+  make(&maps.inverse, {p.inverse.data,
+                       in.q.dtype,
+                       {s.C, s.HV, 2 * s.C, in.slots()},
+                       {p.inverse.head, s.C, p.inverse.slot}});
+  return e == cudaSuccess ? chunk_bwd_states_by_size<Sm90, E>(p, maps, stream) : int(e);
 }
 }  // namespace df::cuda

@@ -2,9 +2,9 @@
 #pragma once
 #include "common/cuda/mma_sm80.cuh"
 #include "common/cuda/mma_sm90.cuh"
-#include "common/cuda/tma.h"
 #include "gated_delta/chunk_bwd_cuda.h"
-#include "gated_delta/chunk_device.cuh"
+#include "gated_delta/chunk_pipeline.cuh"
+#include "gated_delta/chunk_tma.h"
 
 namespace df::cuda {
 // Of the tokens of a chunk, for the columns of the state warpgroups' products.
@@ -87,6 +87,14 @@ struct StatesCta {
     const int64_t left = item().end - first(chunk);
     return left < kC ? int(left) : kC;
   }
+  __device__ Place keys(int chunk) const {
+    const int group = int(p.in.shape.HV / p.in.shape.H);
+    return {item().batch, first(chunk), item().head / group, rows(chunk), 0, int(p.in.shape.K)};
+  }
+  __device__ Place values(int chunk, int group) const {
+    const int v0 = item().v0 + 64 * group;
+    return {item().batch, first(chunk), item().head, rows(chunk), v0, int(p.in.shape.V) - v0};
+  }
   // of one of the arrays by slot and head
   __device__ E* kept(const BySlot& x, int chunk) const {
     return static_cast<E*>(x.data) + (item().slot + chunk) * x.slot + item().head * x.head;
@@ -101,61 +109,34 @@ struct StatesRing {
   }
 };
 
-template <class T>
-__device__ inline void zero_rows(const T& tile, int rows, int thread) {
-  constexpr int kUnit = 16 / int(sizeof(typename T::E)), kUnits = T::kCols / kUnit;
-  for (int i = rows * kUnits + thread; i < T::kRows * kUnits; i += 128)
-    asm volatile(
-        "st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(tile.at(i / kUnits, i % kUnits * kUnit)),
-        "r"(0)
-        : "memory");
-}
-
-// The tiles of a chunk by TMA, issued by one thread. Rows behind the sequence hold what follows.
+// The tiles of a chunk: by TMA, by one thread (rows behind the sequence then hold what follows), or
+// by 128.
 template <class C>
 __device__ inline void load_stage(const C& c, const StatesMaps<true>& maps, int chunk, int i) {
 #if __CUDA_ARCH__ >= 900
   const auto stage = c.stage(i);
-  const int head = c.item().head, key_head = head / int(c.p.in.shape.HV / c.p.in.shape.H);
-  const int token = int(c.first(chunk)), batch = c.item().batch, slot = c.item().slot + chunk;
-  uint64_t* loaded = c.loaded(i);
+  const int slot = c.item().slot + chunk, head = c.item().head;
+  uint64_t* const loaded = c.loaded(i);
   mbarrier_arrive_expect(loaded, c.stage_bytes(c.groups) - C::Square::kBytes);
-#pragma unroll
-  for (int col = 0; col < C::kK; col += 64) {
-    tma_load(stage.q.at(0, col), &maps.q, loaded, col, key_head, token, batch);
-    tma_load(stage.k.at(0, col), &maps.k, loaded, col, key_head, token, batch);
-  }
+  load_rows_tma(stage.q, 0, maps.q, c.keys(chunk), loaded);
+  load_rows_tma(stage.k, 0, maps.k, c.keys(chunk), loaded);
 #pragma unroll
   for (int part = 0; part < C::kParts; ++part)
     tma_load(stage.inverse[part].base, &maps.inverse, loaded, 0, head, C::kC * part, slot);
   for (int group = 0; group < c.groups; ++group)
-    tma_load(stage.d_o(group).base, &maps.d_o, loaded, c.item().v0 + 64 * group, head, token,
-             batch);
+    load_rows_tma(stage.d_o(group), 0, maps.d_o, c.values(chunk, group), loaded);
 #endif
 }
-
-// The same by 128 threads, with cp.async where kVectors.
-template <bool kVectors, class C>
-__device__ inline void load_stage(const C& c, int chunk, int i, int thread) {
-  using E = typename C::E;
+template <class C>
+__device__ inline void load_stage(const C& c, bool vectors, int chunk, int i, int thread) {
   const auto stage = c.stage(i);
-  const ChunkCuda& in = c.p.in;
-  const int rows = c.rows(chunk), K = int(in.shape.K), V = int(in.shape.V);
-  const auto at = [&](const Input& x, int64_t head) {
-    return static_cast<const E*>(x.data) + offset(x, c.item().batch, c.first(chunk), head);
-  };
-  const int key_head = c.item().head / int(in.shape.HV / in.shape.H);
-  load_tile<kVectors, 128>(stage.q, at(in.q, key_head), in.q.t, rows, K, thread);
-  load_tile<kVectors, 128>(stage.k, at(in.k, key_head), in.k.t, rows, K, thread);
-  const E* const inverse = c.kept(c.p.inverse, chunk);
+  load_rows<128>(stage.q, c.p.in.q, c.keys(chunk), vectors, thread);
+  load_rows<128>(stage.k, c.p.in.k, c.keys(chunk), vectors, thread);
 #pragma unroll
   for (int part = 0; part < C::kParts; ++part)
-    load_tile<kVectors, 128>(stage.inverse[part], inverse + part * C::kC * C::kC, C::kC, C::kC,
-                             C::kC, thread);
-  for (int group = 0; group < c.groups; ++group) {
-    const int v0 = c.item().v0 + 64 * group;
-    load_tile<kVectors, 128>(stage.d_o(group), at(c.p.d_o, c.item().head) + v0, c.p.d_o.t, rows,
-                             V - v0, thread);
-  }
+    load_tile<true, 128>(stage.inverse[part], c.kept(c.p.inverse, chunk) + part * C::kC * C::kC,
+                         C::kC, C::kC, C::kC, thread);
+  for (int group = 0; group < c.groups; ++group)
+    load_rows<128>(stage.d_o(group), c.p.d_o, c.values(chunk, group), vectors, thread);
 }
 }  // namespace df::cuda

@@ -1,32 +1,9 @@
 // Host side of the chunk form's forward on CUDA.
 #include "gated_delta/chunk_cuda_host.h"
-#include "gated_delta/chunk_fwd_cuda.h"
-#include "gated_delta/chunk_tma.h"
+#include "gated_delta/chunk_fwd_host.h"
 
 namespace df::cuda {
 namespace {
-// wgmma where the device has it and TMA can load the inputs, else mma.sync.
-void run(ChunkFwdCuda p, void* stream) {
-  const ChunkCuda& in = p.in;
-  const Tensor4 tensors[3] = {tma_keys(in, p.o ? in.q : in.k), tma_keys(in, in.k),
-                              tma_values(in, in.v)};
-  bool tma = true;
-  p.vectors = true;
-  for (const Tensor4& t : tensors) tma &= tma_loads(t), p.vectors &= whole_vectors(t);
-  auto* const sm90 =
-      in.q.dtype == DType::bf16 ? &chunk_fwd_bf16_sm90_cuda : &chunk_fwd_f16_sm90_cuda;
-  if (tma && sm90 && sm() == 90) {
-    const auto e = cudaError_t(sm90(p, stream));
-    STD_TORCH_CHECK(e == cudaSuccess, "gated_delta: ", cudaGetErrorString(e));
-    return;
-  }
-  switch (in.q.dtype) {
-    case DType::f32: return chunk_fwd_f32_cuda(p, stream);
-    case DType::bf16: return chunk_fwd_bf16_cuda(p, stream);
-    default: return chunk_fwd_f16_cuda(p, stream);
-  }
-}
-
 std::tuple<Tensor, Tensor, Tensor> fwd(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta,
     const OptTensor& initial_state, const OptTensor& cu_seqlens, const OptTensor& A_log,
@@ -56,7 +33,7 @@ std::tuple<Tensor, Tensor, Tensor> fwd(
   p.high_precision = high_precision;
   Launch launch(t.q, t.k, t.v, t.g, t.beta, t.initial_state, t.cu_seqlens, t.A_log, t.dt_bias, o,
                 final_state, saved);
-  run(p, launch.stream());
+  chunk_fwd_run(p, launch.stream());
   if (cu_seqlens)
     chunk_zero_tail_cuda({in, {{p.o, HV * V * int64_t(o.element_size())}}}, launch.stream());
   launch.check();
