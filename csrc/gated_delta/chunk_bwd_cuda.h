@@ -10,29 +10,29 @@ namespace df {
 struct ChunkBwdCuda {
   ChunkCuda in;
   Input d_o;
-  State d_final_state;        // [N,HV,K,V], or [N,HV,V,K] v-first, of any type; may be null
-  BySlot inverse, states;     // of the forward
-  BySlot dstates;             // gradients of the states that leave chunks: written, then read
-  void *dq, *dk, *dv;         // in the inputs' type; `chunks` reads dv, which is dW
-  float *dg, *dbeta;          // [B,T,HV], of the arguments g and beta, through gate, sigmoid
-  float* d_initial_state;     // as d_final_state; may be null
-  double *dA_log, *ddt_bias;  // [slots,HV], a partial sum each; may be null
+  const float* d_final_state;  // [N,HV,K,V], or [N,HV,V,K] v-first; may be null
+  BySlot inverse, states;      // of the forward
+  BySlot dstates;              // gradients of the states that leave chunks: written, then read
+  void *dq, *dk, *dv;          // in the inputs' type; `chunks` reads dv, which is dW
+  float *dg, *dbeta;           // [B,T,HV], of the arguments g and beta, through gate, sigmoid
+  float* d_initial_state;      // as d_final_state; may be null
+  double *dA_log, *ddt_bias;   // [slots,HV], a partial sum each; may be null
   float *dA_log_sum, *ddt_bias_sum;  // [HV]; null with the partial sums
 };
 
-// Of 16-bit types: on mma.sync, and on wgmma (sm_90a). They return a cudaError_t of what precedes
-// the launch; errors of the launch itself are the caller's to ask for.
+// Of 16-bit types: on mma.sync, and on wgmma (null in a build without sm_90a); `states` there needs
+// q, k and d_o that TMA loads (chunk_tma.h). They return a cudaError_t of what precedes the launch.
 int chunk_bwd_states_f32(const ChunkBwdCuda& args, void* stream);
 int chunk_bwd_states_bf16(const ChunkBwdCuda& args, void* stream);
 int chunk_bwd_states_f16(const ChunkBwdCuda& args, void* stream);
-int chunk_bwd_states_bf16_sm90(const ChunkBwdCuda& args, void* stream);
-int chunk_bwd_states_f16_sm90(const ChunkBwdCuda& args, void* stream);
+[[gnu::weak]] int chunk_bwd_states_bf16_sm90(const ChunkBwdCuda& args, void* stream);
+[[gnu::weak]] int chunk_bwd_states_f16_sm90(const ChunkBwdCuda& args, void* stream);
 
 int chunk_bwd_chunks_f32(const ChunkBwdCuda& args, void* stream);
 int chunk_bwd_chunks_bf16(const ChunkBwdCuda& args, void* stream);
 int chunk_bwd_chunks_f16(const ChunkBwdCuda& args, void* stream);
-int chunk_bwd_chunks_bf16_sm90(const ChunkBwdCuda& args, void* stream);
-int chunk_bwd_chunks_f16_sm90(const ChunkBwdCuda& args, void* stream);
+[[gnu::weak]] int chunk_bwd_chunks_bf16_sm90(const ChunkBwdCuda& args, void* stream);
+[[gnu::weak]] int chunk_bwd_chunks_f16_sm90(const ChunkBwdCuda& args, void* stream);
 
 void chunk_bwd_sums(const ChunkBwdCuda& args, void* stream);
 }  // namespace df

@@ -134,6 +134,7 @@ def _backward(ops, ctx, d_o, d_final_state, _d_saved):
 
 _library.register("gated_delta_fwd", _fwd_fake, _setup_context, _backward)
 _library.register_backward("gated_delta_bwd", _bwd_fake, OP)
+_library.not_on_cuda(torch.float64, "gated_delta_fwd", "gated_delta_bwd")
 
 
 def _reference(call, output_final_state):

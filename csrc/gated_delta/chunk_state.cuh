@@ -1,0 +1,88 @@
+// S^T of a state warpgroup, 64 rows (of V) by K in registers, to and from memory.
+#pragma once
+#include "common/cuda/transpose.cuh"
+#include "gated_delta/chunk_device.cuh"
+
+namespace df::cuda {
+// fn(row, column, element) for this lane's elements; rows of the tile.
+template <int kN, class Fn>
+__device__ inline void each_element(float (&c)[kN][4], Fn fn) {
+#pragma unroll
+  for (int n = 0; n < kN; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) fn(fragment_row(i), fragment_col(n, i), c[n][i]);
+}
+
+// From a state [K, V], or [V, K] v-first, whose first element is `at`; rows v0 on. Null: zeros.
+template <int kN>
+__device__ inline void load_state(const State& from, int64_t at, bool v_first,
+                                  const ChunkShape& shape, int v0, float (&S)[kN][4]) {
+  each_element(S, [&](int row, int col, float& x) {
+    const int v = v0 + row;
+    x = 0;
+    if (from.data && v < shape.V && col < shape.K)
+      x = load_any(from, at + (v_first ? v * shape.K + col : col * shape.V + v));
+  });
+}
+template <int kN>
+__device__ inline void store_state(float* to, bool v_first, const ChunkShape& shape, int v0,
+                                   float (&S)[kN][4]) {
+  each_element(S, [&](int row, int col, float& x) {
+    const int v = v0 + row;
+    if (v < shape.V && col < shape.K) to[v_first ? v * shape.K + col : col * shape.V + v] = x;
+  });
+}
+
+// Columns [first, first + kCols) of S^T in the inputs' type to rows of padded K.
+template <class E, int kCols>
+__device__ inline void store_fragment(const Fragment<E, kCols>& a, E* to, int64_t stride, int first,
+                                      int cols) {
+  const int t = threadIdx.x % 4;
+#pragma unroll
+  for (int k = 0; k < kCols / 8; ++k)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = fragment_row(2 * half), col = first + 8 * k + 2 * t;
+      if (col >= cols) continue;
+      E* const at = to + row * stride + col;
+      if constexpr (sizeof(E) == 2)
+        *reinterpret_cast<uint32_t*>(at) = a.r[k / 2][k % 2 * 2 + half];
+      else
+        *reinterpret_cast<float2*>(at) = {a.r[k][2 * half], a.r[k][2 * half + 1]};
+    }
+}
+
+// The 16 columns of this warp in a tile of tokens to `rows` rows of a tensor, of whose `cols`
+// columns the first is the tile's first. Eight lanes meet no bank twice.
+template <class T>
+__device__ inline void store_output(const T& tile, int first_col, typename T::E* to, int64_t stride,
+                                    int rows, int cols, bool vectors) {
+  using E = typename T::E;
+  constexpr int kUnit = 16 / int(sizeof(E)), kUnits = 16 / kUnit;
+  const int lane = threadIdx.x % 32, own = threadIdx.x % 128 / 32 * 16;
+#pragma unroll
+  for (int i = 0; i < T::kRows * kUnits; i += 32) {
+    const int rank = (i + lane) / kUnits, row = rank / 8 * 8 + rank % 4 * 2 + rank / 4 % 2;
+    const int col = own + (i + lane) % kUnits * kUnit;
+    if (row >= rows || col >= cols) continue;
+    float x[4];
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
+                 : "r"(tile.at(row, first_col + col))
+                 : "memory");
+    E* const at = to + row * stride + col;
+    if (vectors) {
+      __stcg(reinterpret_cast<float4*>(at), float4{x[0], x[1], x[2], x[3]});
+      continue;
+    }
+#pragma unroll
+    for (int e = 0; e < kUnit; ++e) {
+      if (col + e >= cols) break;
+      if constexpr (sizeof(E) == 2)
+        at[e].bits = uint16_t(__float_as_uint(x[e / 2]) >> e % 2 * 16);
+      else
+        at[e] = x[e];
+    }
+  }
+}
+}  // namespace df::cuda
