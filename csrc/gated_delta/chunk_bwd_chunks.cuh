@@ -40,16 +40,27 @@ struct ChunkGradConfig {
   static constexpr int kK = kK_, kC = sizeof(E) == 2 ? 64 : 32, kV = kC;
   static constexpr int kGroupThreads = 2 * kC, kThreads = 2 * kGroupThreads;
   static constexpr int kWarps = kC / 16;  // of a group
+  static constexpr int kPanel = !Arch::kAsync && kK > 128 ? 32 : 64;  // of K, in one product
   static constexpr bool kOneState = !Arch::kAsync && sizeof(E) == 2 && kK == 256;
   using KeyTile = Tile<E, kC, kK>;
   using StateTile = Tile<E, kV, kK>;
   using SquareTile = Tile<E, kC, kC>;  // C x C, and C x one tile of V
 };
 
-// What the CTA works on; in shared memory, since it is needed now and then only.
-struct ChunkGradPlace {
-  int64_t first;  // token
+// Where rows of a chunk come from: rows t and heads h elements apart.
+struct ChunkRows {
+  const void* first;  // of head 0
+  int64_t t, h;
+  int64_t vectors;  // whether they can be copied by whole 16 bytes
+};
+
+// What the CTA works on, prepared once: in shared memory, since registers are rare.
+struct alignas(16) ChunkGradPlace {
+  ChunkRows v, dO, dW;
+  ChunkRows states, dstates, inverse;  // h only
+  int64_t first;                       // token
   int slot, key_head, batch, rows;
+  uint32_t tiles, zero;  // where the tiles are; 0
 };
 
 template <class C>
@@ -179,19 +190,20 @@ struct ChunkGrads {
         role(__shfl_sync(0xffffffffu, int(threadIdx.x) / C::kGroupThreads, 0)),
         thread(threadIdx.x % C::kGroupThreads) {}
 
-  // Hides where these come from: addresses that follow from them are computed again in every phase
-  // rather than kept in registers from before the loops.
-  __device__ void forget() { asm volatile("" : "+r"(thread), "+r"(tiles.base)::"memory"); }
-
+  // Reads from memory again where addresses come from, so that they are computed anew in every
+  // phase: the compiler would keep dozens of them in registers from one to the next.
+  __device__ void forget() {
+    uint32_t zero;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(tiles.base), "=r"(zero)
+                 : "r"(shared_address(&scalars.place.tiles))
+                 : "memory");
+    thread = int(threadIdx.x % C::kGroupThreads + zero);
+  }
   template <class T>
   __device__ uint32_t pairs(const T& tile, int half) const {  // for pair_address
     return tile.at(row(half), thread % 4 * 2);
   }
-  __device__ static int hide(int x) {
-    asm volatile("" : "+r"(x));
-    return x;
-  }
-
   __device__ int warp() const { return thread / 32; }
   // where this thread's elements of an accumulator stand
   __device__ int row(int half) const { return thread / 32 * 16 + thread % 32 / 4 + 8 * half; }
@@ -205,41 +217,68 @@ struct ChunkGrads {
   __device__ static void barrier() { named_barrier_sync(0, C::kThreads); }
   __device__ void group_barrier() const { named_barrier_sync(1 + role, C::kGroupThreads); }
 
+  // ---- what the copies start from
+  __device__ ChunkRows rows_of(const Input& x, int64_t size) const {
+    const ChunkGradPlace& at = scalars.place;
+    const E* first = static_cast<const E*>(x.data) + offset(x, at.batch, at.first, 0);
+    const bool whole = reinterpret_cast<uintptr_t>(first) % 16 == 0 && x.t % kUnit == 0 &&
+                       x.h % kUnit == 0 && size % kUnit == 0;
+    return {first, x.t, x.h, whole};
+  }
+  __device__ static ChunkRows rows_of(const BySlot& x, int slot) {
+    return {static_cast<const E*>(x.data) + slot * x.slot, 0, x.head, true};
+  }
+  __device__ void prepare(const ChunkPlace& of, int slot, int key_head) const {  // by one thread
+    const ChunkShape& s = p.in.shape;
+    ChunkGradPlace& place = scalars.place;
+    place.first = of.sequence.begin + of.chunk * kC;
+    place.slot = slot, place.key_head = key_head;
+    place.batch = int(of.sequence.batch), place.rows = of.rows, place.tiles = tiles.base, place.zero = 0;
+    const Input dW{p.dv, p.in.v.dtype, s.T * s.HV * s.V, s.HV * s.V, s.V};
+    place.v = rows_of(p.in.v, s.V), place.dO = rows_of(p.d_o, s.V), place.dW = rows_of(dW, s.V);
+    place.states = rows_of(p.states, slot), place.dstates = rows_of(p.dstates, slot);
+    place.inverse = rows_of(p.inverse, slot);
+  }
+
   // ---- copies, by all threads
   __device__ int all_threads() const { return role * C::kGroupThreads + thread; }
+  // Rows of one head; `x` as it is, or a tile of columns of V from `col` on.
   template <class T>
-  __device__ void load_rows(const T& tile, const Input& x, int head, int col, int64_t size) {
-    const ChunkGradPlace at = scalars.place;
-    const E* from = static_cast<const E*>(x.data) + offset(x, at.batch, at.first, hide(head)) + col;
-    if (reinterpret_cast<uintptr_t>(from) % 16 == 0 && x.t % kUnit == 0 && size % kUnit == 0)
-      load_tile<true, C::kThreads>(tile, from, x.t, at.rows, int(size) - col, all_threads());
+  __device__ void load_rows(const T& tile, const ChunkRows& x, int head, int64_t col,
+                            int64_t size) const {
+    const E* from = static_cast<const E*>(x.first) + head * x.h + col;
+    const int cols = int(size - col);
+    if (x.vectors)
+      load_tile<true, C::kThreads>(tile, from, x.t, scalars.place.rows, cols, all_threads());
     else
-      load_tile<false, C::kThreads>(tile, from, x.t, at.rows, int(size) - col, all_threads());
+      load_tile<false, C::kThreads>(tile, from, x.t, scalars.place.rows, cols, all_threads());
   }
-  __device__ const E* by_slot(const BySlot& x, int head) const {
-    return static_cast<const E*>(x.data) + scalars.place.slot * x.slot + hide(head) * x.head;
+  __device__ static const E* of_head(const ChunkRows& x, int head) {
+    return static_cast<const E*>(x.first) + head * x.h;
   }
-  __device__ void load_state(const typename C::StateTile& tile, const BySlot& x, int head, int v0) {
-    load_tile<true, C::kThreads>(tile, by_slot(x, head) + v0 * kK, kK, kV, kK, all_threads());
+  __device__ void load_state(const typename C::StateTile& tile, const ChunkRows& x, int head,
+                             int v0) const {
+    load_tile<true, C::kThreads>(tile, of_head(x, head) + v0 * kK, kK, kV, kK, all_threads());
   }
-  __device__ void load_entering(int head, int v0) {  // S0, V, dO, dW
-    const ChunkShape& s = p.in.shape;
-    load_state(tiles.s(), p.states, head, v0);
-    load_rows(tiles.v(), p.in.v, head, v0, s.V);
-    load_rows(tiles.a(0), p.d_o, head, v0, s.V);
-    const Input dW{p.dv, p.in.v.dtype, s.T * s.HV * s.V, s.HV * s.V, s.V};
-    load_rows(tiles.a(1), dW, head, v0, s.V);
+  __device__ void load_entering(int head, int v0) const {  // S0, V, dO, dW
+    const ChunkGradPlace& place = scalars.place;
+    load_state(tiles.s(), place.states, head, v0);
+    load_rows(tiles.v(), place.v, head, v0, p.in.shape.V);
+    load_rows(tiles.a(0), place.dO, head, v0, p.in.shape.V);
+    load_rows(tiles.a(1), place.dW, head, v0, p.in.shape.V);
   }
-  __device__ void load_leaving(int head, int v0) { load_state(tiles.ds(), p.dstates, head, v0); }
-  __device__ void load_inverse(int head) {
-    const E* from = by_slot(p.inverse, head);
+  __device__ void load_leaving(int head, int v0) const {
+    load_state(tiles.ds(), scalars.place.dstates, head, v0);
+  }
+  __device__ void load_inverse(int head) const {
+    const E* from = of_head(scalars.place.inverse, head);
     load_tile<true, C::kThreads>(tiles.square(0), from, kC, kC, kC, all_threads());
     if constexpr (sizeof(E) == 2)
       load_tile<true, C::kThreads>(tiles.square(1), from + kC * kC, kC, kC, kC, all_threads());
   }
-  __device__ void load_table(int head, int turn) const {  // by one warp
+  __device__ void load_table(int head) const {  // by one warp
     const ChunkGradPlace at = scalars.place;
-    load_tokens(p.in, at.batch, at.first, at.rows, head, scalars.table[turn]);
+    load_tokens(p.in, at.batch, at.first, at.rows, head, scalars.table[head % 2]);
   }
   template <int kLeft>
   __device__ static void arrive() {  // all but the last kLeft groups of copies are visible to all
@@ -257,17 +296,17 @@ struct ChunkGrads {
     Fragment<E, kV> a;
     if constexpr (kK <= 128) load_fragment<kV>(a, own(from).along_k());
 #pragma unroll
-    for (int k0 = 0; k0 < kK; k0 += 64) {
-      Accumulator<64> x;
-      clear<64>(x);
+    for (int k0 = 0; k0 < kK; k0 += C::kPanel) {
+      Accumulator<C::kPanel> x;
+      clear<C::kPanel>(x);
       if constexpr (kK <= 128) {
         Arch::begin(x, a);
-        Arch::template mma<64, kV>(x, a, state.along_mn().from(0, k0));
+        Arch::template mma<C::kPanel, kV>(x, a, state.along_mn().from(0, k0));
         Arch::commit();
         Arch::template wait<0>(x, a);
       } else {
         Arch::begin(x);
-        Arch::template mma<64, kV>(x, own(from).along_k(), state.along_mn().from(0, k0));
+        Arch::template mma<C::kPanel, kV>(x, own(from).along_k(), state.along_mn().from(0, k0));
         Arch::commit();
         Arch::template wait<0>(x);
       }
@@ -275,7 +314,7 @@ struct ChunkGrads {
       for (int half = 0; half < 2; ++half) {
         const uint32_t at = pairs(key, half);
 #pragma unroll
-        for (int n = 0; n < 8; ++n) {
+        for (int n = 0; n < C::kPanel / 8; ++n) {
           const float2 y = load_pair_of<typename C::KeyTile>(at, k0 / 8 + n);
           const float x0 = x[n][2 * half], x1 = x[n][2 * half + 1];
           dots[half] += y.x * x0 + y.y * x1;
@@ -331,7 +370,7 @@ struct ChunkGrads {
 
   __device__ float inner_product(int head, int v0) const {
     constexpr int kUnits = kK / kUnit;
-    const E* from = by_slot(p.dstates, head) + v0 * kK;
+    const E* from = of_head(scalars.place.dstates, head) + v0 * kK;
     float sum = 0;
 #pragma unroll 4
     for (int i = thread; i < kV * kUnits; i += C::kGroupThreads) {
@@ -616,21 +655,19 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   ChunkGrads<C> my(p, shared);
   auto& tiles = my.tiles;
   auto& scalars = my.scalars;
-  if (threadIdx.x == 0)
-    scalars.place = {place.sequence.begin + place.chunk * C::kC, slot, key_head,
-                     int(place.sequence.batch), place.rows};
+  if (threadIdx.x == 0) my.prepare(place, slot, key_head);
   __syncthreads();
 
   int head = key_head * G;
-  my.load_rows(tiles.key(0), p.in.q, key_head, 0, s.K);
-  my.load_rows(tiles.key(1), p.in.k, key_head, 0, s.K);
+  my.load_rows(tiles.key(0), my.rows_of(p.in.q, s.K), key_head, 0, s.K);
+  my.load_rows(tiles.key(1), my.rows_of(p.in.k, s.K), key_head, 0, s.K);
   my.load_entering(head, 0);
   cp_async_commit();
   if (!C::kOneState) my.load_leaving(head, 0);
   cp_async_commit();
   my.load_inverse(head);
   cp_async_commit();
-  if (threadIdx.x < 32) my.load_table(head, 0);
+  if (threadIdx.x < 32) my.load_table(head);
   my.template arrive<2>();
   row_norms<C::kGroupThreads>(tiles.key(my.role), p.in.l2norm, my.thread,
                               my.role ? scalars.table[0].rk : scalars.table[0].rq);
@@ -640,8 +677,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   if constexpr (ChunkGradTiles<C>::kKeepsGram) my.keep_gram();
 
   for (const int end = head + G; head < end; ++head) {
-    const int turn = (head - key_head * G) % 2;
-    const TokenTable<C::kC>& t = scalars.table[turn];
+    const TokenTable<C::kC>& t = scalars.table[head % 2];
     Accumulator<C::kC> square;
     clear<C::kC>(square);
     float key_dots[2] = {0, 0}, value_dots[2] = {0, 0}, inner = 0;
@@ -674,7 +710,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
         my.errors();
       } else {
         inner += my.inner_product(head, v0);
-        if (v0 == 0 && my.warp() == 0 && head + 1 < end) my.load_table(head + 1, 1 - turn);
+        if (v0 == 0 && my.warp() == 0 && head + 1 < end) my.load_table(head + 1);
       }
       Arch::stores_visible();
       my.barrier();
