@@ -6,7 +6,7 @@
 #include "gated_delta/input_host.h"
 
 namespace df::cuda {
-struct ChunkTensors {  // with unit last strides; owns the copies where there were none
+struct ChunkTensors {  // with unit last strides, states in float32; owns the copies
   Tensor q, k, v, g, beta;
   OptTensor initial_state, cu_seqlens, A_log, dt_bias;
   ChunkCuda args;
@@ -14,6 +14,10 @@ struct ChunkTensors {  // with unit last strides; owns the copies where there we
 
 inline int64_t chunk_tokens(const Tensor& q) {
   return q.scalar_type() == ScalarType::Float ? 32 : 64;
+}
+
+inline OptTensor float_state(const OptTensor& t) {
+  return t ? OptTensor(contiguous(torch::stable::to(*t, ScalarType::Float))) : t;
 }
 
 inline ChunkTensors chunk_tensors(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -30,7 +34,7 @@ inline ChunkTensors chunk_tensors(const Tensor& q, const Tensor& k, const Tensor
                  unit_last_stride(v),
                  g,
                  beta,
-                 contiguous(initial_state),
+                 float_state(initial_state),
                  contiguous(cu_seqlens),
                  contiguous(A_log),
                  contiguous(dt_bias),
