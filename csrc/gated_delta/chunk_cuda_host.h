@@ -16,6 +16,10 @@ inline int64_t chunk_tokens(const Tensor& q) {
   return q.scalar_type() == ScalarType::Float ? 32 : 64;
 }
 
+inline OptTensor float_state(const OptTensor& t) {
+  return t ? OptTensor(contiguous(torch::stable::to(*t, ScalarType::Float))) : t;
+}
+
 inline ChunkTensors chunk_tensors(const Tensor& q, const Tensor& k, const Tensor& v,
                                   const Tensor& g, const Tensor& beta,
                                   const OptTensor& initial_state, const OptTensor& cu_seqlens,
