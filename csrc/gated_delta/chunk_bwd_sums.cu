@@ -17,7 +17,8 @@ __global__ void __launch_bounds__(kSumThreads)
   const double* const from = blockIdx.y ? p.ddt_bias : p.dA_log;
   float* const to = blockIdx.y ? p.ddt_bias_sum : p.dA_log_sum;
   if (!from) return;
-  const int64_t HV = p.in.shape.HV, head = int64_t(blockIdx.x) * kSumHeads + threadIdx.x % kSumHeads;
+  const int64_t HV = p.in.shape.HV,
+                head = int64_t(blockIdx.x) * kSumHeads + threadIdx.x % kSumHeads;
   double sum = 0;
   if (head < HV)
     for (int64_t i = threadIdx.x / kSumHeads; i < slots; i += kSumThreads / kSumHeads)

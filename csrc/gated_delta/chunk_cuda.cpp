@@ -23,7 +23,7 @@ std::tuple<Tensor, Tensor, Tensor> fwd(
   if (in.N * HV == 0) return {o, final_state, saved};
 
   ChunkFwdCuda p{in};
-  p.initial_state = dense(t.initial_state);
+  p.initial_state = static_cast<const float*>(data(t.initial_state));
   p.o = o.mutable_data_ptr();
   if (output_final_state) p.final_state = static_cast<float*>(final_state.mutable_data_ptr());
   if (saving) {

@@ -6,7 +6,7 @@
 #include "gated_delta/input_host.h"
 
 namespace df::cuda {
-struct ChunkTensors {  // with unit last strides; owns the copies where there were none
+struct ChunkTensors {  // with unit last strides, states in float32; owns the copies
   Tensor q, k, v, g, beta;
   OptTensor initial_state, cu_seqlens, A_log, dt_bias;
   ChunkCuda args;
@@ -34,7 +34,7 @@ inline ChunkTensors chunk_tensors(const Tensor& q, const Tensor& k, const Tensor
                  unit_last_stride(v),
                  g,
                  beta,
-                 contiguous(initial_state),
+                 float_state(initial_state),
                  contiguous(cu_seqlens),
                  contiguous(A_log),
                  contiguous(dt_bias),

@@ -5,9 +5,9 @@
 namespace df {
 struct ChunkFwdCuda {
   ChunkCuda in;
-  State initial_state;  // may be null
-  void* o;              // [B,T,HV,V]; null: states and inverses only, q is not read
-  float* final_state;   // may be null
+  const float* initial_state;  // may be null
+  void* o;                     // [B,T,HV,V]; null: states and inverses only, q is not read
+  float* final_state;          // may be null
   BySlot inverse, states;
   bool high_precision;
   bool vectors;  // rows of q, k and v are whole 16 bytes

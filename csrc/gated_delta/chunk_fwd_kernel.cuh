@@ -17,76 +17,10 @@
 //   a chunk, K = 128, V = 128: 9.1 MFLOP for 64 KB read and 16 KB written; the chain of five
 //   dependent products a chunk bounds it, not their number
 #pragma once
-#include "common/cuda/mma_sm90.cuh"
-#include "gated_delta/chunk_fwd_cuda.h"
-#include "gated_delta/chunk_squares.cuh"
-#include "gated_delta/chunk_state.cuh"
+#include "gated_delta/chunk_fwd_state.cuh"
 #include "gated_delta/chunk_tma.h"
 
 namespace df::cuda {
-struct NoMaps {};
-struct FwdMaps {
-  CUtensorMap q, k, v;
-};
-
-template <class Arch_, class E_, int kK_, int kGroups_, bool kHigh_>
-struct FwdConfig {
-  using Arch = Arch_;
-  using E = E_;
-  static constexpr int kK = kK_, kGroups = kGroups_, kC = kChunk<E>;
-  static constexpr bool kHigh = kHigh_, kAsync = Arch::kAsync;
-  using Maps = std::conditional_t<kAsync, FwdMaps, NoMaps>;
-  using Work = Squares<Arch, E, kC, kK>;
-  using Keys = typename Work::Keys;
-  using Square = typename Work::Square;
-  using Values = Tile<E, kC, 64 * kGroups>;
-  static constexpr int kStages = kAsync ? (kK > 128 ? 2 : 3) : (sizeof(E) == 2 && kK > 128 ? 1 : 2);
-  static constexpr int kTables = kStages < 2 ? kStages : 2;
-  static constexpr int kThreads = 128 * (1 + kGroups);
-  static constexpr int kAttention = kHigh ? 2 : 1;  // parts of P
-  // Y = Q S with R = K S, where registers allow it: its product then hides behind what follows.
-  static constexpr bool kEarlyY = kAsync && kK <= 128;
-  static constexpr int kPart = kK < 128 ? kK : 128;  // columns of S^T that are operands at once
-
-  struct Table {
-    TokenTable<kC> tokens;
-    ChunkFactors<kC> factors;
-  };
-  struct Rest {
-    Pipeline<kStages, kTables> pipe;
-    Table tables[kTables];
-  };
-  static constexpr int kStageBytes = Keys::kBytes + Values::kBytes;
-  static constexpr int kTableBytes = (Work::kParts + kAttention) * Square::kBytes;
-  static constexpr int kTiles = kStages * kStageBytes + kTables * kTableBytes;
-  static constexpr int kShared = kTiles + int(sizeof(Rest));
-};
-
-template <class F>
-struct FwdShared {
-  uint32_t base;
-  typename F::Rest* rest;
-  __device__ explicit FwdShared(void* p)
-      : base(shared_address(p)),
-        rest(reinterpret_cast<typename F::Rest*>(static_cast<char*>(p) + F::kTiles)) {}
-  __device__ uint32_t stage(int64_t chunk) const {
-    return base + uint32_t(chunk % F::kStages) * F::kStageBytes;
-  }
-  __device__ typename F::Keys keys(int64_t chunk) const { return {stage(chunk)}; }
-  __device__ typename F::Values values(int64_t chunk) const {
-    return {stage(chunk) + F::Keys::kBytes};
-  }
-  __device__ uint32_t inverse(int64_t chunk) const {
-    return base + F::kStages * F::kStageBytes + uint32_t(chunk % F::kTables) * F::kTableBytes;
-  }
-  __device__ uint32_t attention(int64_t chunk) const {
-    return inverse(chunk) + F::Work::kParts * F::Square::kBytes;
-  }
-  __device__ typename F::Table& table(int64_t chunk) const {
-    return rest->tables[chunk % F::kTables];
-  }
-};
-
 constexpr int kAheadBarrier = 1;
 
 template <class F>
@@ -99,7 +33,7 @@ struct Ahead {
 
   __device__ void run() const {
     constexpr int kAhead = F::kStages - F::kTables;  // loads are so far ahead of tables
-    for (int64_t c = -kAhead; c < w.chunks; ++c) {
+    for (int c = -kAhead; c < w.chunks; ++c) {
       shared.rest->pipe.wait_done(c - F::kTables);
       if (c + kAhead < w.chunks) load(c + kAhead);
       if (c >= 0) make(c);
@@ -109,8 +43,8 @@ struct Ahead {
  private:
   using Half = TileRows<typename F::Keys, kC>;
 
-  __device__ void load(int64_t c) const {
-    const int64_t token = w.sequence.begin + c * kC;
+  __device__ void load(int c) const {
+    const int64_t token = w.sequence.begin + int64_t(c) * kC;
     const int rows = w.template rows<kC>(c), cols = int(p.in.shape.V) - w.v0;
     const Place key{w.sequence.batch, token, w.key_head, rows, 0, int(p.in.shape.K)};
     const Place value{w.sequence.batch, token, w.head, rows, w.v0, cols};
@@ -119,7 +53,7 @@ struct Ahead {
     if constexpr (F::kAsync) {
 #if __CUDA_ARCH__ >= 900
       if (threadIdx.x != 32) return;  // the first warp loads tokens meanwhile
-      uint64_t* const barrier = &shared.rest->pipe.loaded[c % F::kStages];
+      uint64_t* const barrier = &shared.rest->pipe.loaded[uint32_t(c) % F::kStages];
       mbarrier_arrive_expect(barrier, F::kStageBytes - (p.o ? 0 : F::Keys::kBytes / 2));
       load_rows_tma(keys, 0, maps.k, key, barrier);
       if (p.o) load_rows_tma(keys, kC, maps.q, key, barrier);
@@ -133,26 +67,27 @@ struct Ahead {
     }
   }
 
-  __device__ void wait_loaded(int64_t c) const {
+  __device__ void wait_loaded(int c) const {
     if constexpr (F::kAsync) {
       shared.rest->pipe.wait_loaded(c);
       const int rows = w.template rows<kC>(c);
       if (rows == kC) return;
-      clear_rows<128>(Half{shared.keys(c), 0}, rows, threadIdx.x);
-      if (p.o) clear_rows<128>(Half{shared.keys(c), kC}, rows, threadIdx.x);
-      clear_rows<128>(shared.values(c), rows, threadIdx.x);
+      const int thread = thread_anew();
+      clear_rows<128>(Half{shared.keys(c), 0}, rows, thread);
+      if (p.o) clear_rows<128>(Half{shared.keys(c), kC}, rows, thread);
+      clear_rows<128>(shared.values(c), rows, thread);
       F::Arch::stores_visible();
     } else {
       cp_async_wait<0>();
     }
   }
 
-  __device__ void make(int64_t c) const {
+  __device__ void make(int c) const {
     auto& table = shared.table(c);
-    const int thread = threadIdx.x;
+    const int thread = thread_anew();
     if (thread < 32)
-      load_tokens<kC>(p.in, w.sequence.batch, w.sequence.begin + c * kC, w.template rows<kC>(c),
-                      w.head, table.tokens);
+      load_tokens<kC>(p.in, w.sequence.batch, w.sequence.begin + int64_t(c) * kC,
+                      w.template rows<kC>(c), w.head, table.tokens);
     wait_loaded(c);
     named_barrier_sync(kAheadBarrier, 128);
     const auto keys = shared.keys(c);
@@ -167,7 +102,7 @@ struct Ahead {
     if (p.inverse.data && w.v0 == 0) save_inverse(c);
   }
 
-  __device__ void save_inverse(int64_t c) const {
+  __device__ void save_inverse(int c) const {
     using E = typename F::E;
     named_barrier_sync(kAheadBarrier, 128);
     constexpr int kUnit = 16 / int(sizeof(E)), kUnits = kC / kUnit;
@@ -176,208 +111,12 @@ struct Ahead {
 #pragma unroll
     for (int part = 0; part < F::Work::kParts; ++part) {
       const typename F::Square tile{shared.inverse(c) + part * F::Square::kBytes};
-      for (int i = threadIdx.x; i < kC * kUnits; i += 128) {
+      for (int i = thread_anew(); i < kC * kUnits; i += 128) {
         float x[4];
         load_shared4(tile.at(i / kUnits, i % kUnits * kUnit), x);
         __stcg(reinterpret_cast<float4*>(to + part * kC * kC) + i, float4{x[0], x[1], x[2], x[3]});
       }
     }
-  }
-};
-
-// c_ij <- c_ij factor_j
-template <int kN>
-__device__ inline void scale_columns(float (&c)[kN][4], const float* factor) {
-#pragma unroll
-  for (int n = 0; n < kN; ++n) {
-    const float2 f = *reinterpret_cast<const float2*>(factor + fragment_col(n, 0));
-    c[n][0] *= f.x, c[n][1] *= f.y, c[n][2] *= f.x, c[n][3] *= f.y;
-  }
-}
-template <int kN>
-__device__ inline void scale_all(float (&c)[kN][4], float factor) {
-#pragma unroll
-  for (int n = 0; n < kN; ++n)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) c[n][i] *= factor;
-}
-
-// r_ij <- v_ij - factor_j r_ij
-template <class E, int kC>
-__device__ inline void subtract_from(const Fragment<E, kC>& v, const float* factor,
-                                     float (&r)[kC / 8][4]) {
-  scale_columns(r, factor);
-#pragma unroll
-  for (int n = 0; n < kC / 8; ++n)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float2 x;
-      if constexpr (sizeof(E) == 2)
-        x = unpack<E>(v.r[n / 2][n % 2 * 2 + half]);
-      else
-        x = {v.r[n][2 * half], v.r[n][2 * half + 1]};
-      r[n][2 * half] = x.x - r[n][2 * half], r[n][2 * half + 1] = x.y - r[n][2 * half + 1];
-    }
-}
-
-// An operand A as one fragment, or, in high precision, as the sum of two.
-template <class E, int kK, bool kHigh>
-struct Operand2 {
-  Fragment<E, kK> high;
-};
-template <class E, int kK>
-struct Operand2<E, kK, true> {
-  Fragment<E, kK> high, low;
-};
-
-template <class F>
-struct StateGroup {
-  using Arch = typename F::Arch;
-  using E = typename F::E;
-  static constexpr int kC = F::kC, kK = F::kK, kPart = F::kPart;
-  using Small = Operand2<E, kC, F::kHigh>;
-  using Part = Fragment<E, kPart>;
-  using Rows = Operand<E, Major::k>;
-
-  const ChunkFwdCuda& p;
-  const Walk& w;
-  const FwdShared<F>& shared;
-  int group;
-  float S[kK / 8][4];
-
-  __device__ int v0() const { return w.v0 + 64 * group; }
-
-  __device__ void run() {
-    const ChunkShape& shape = p.in.shape;
-    const int64_t state = (w.n * shape.HV + w.head) * shape.K * shape.V;
-    load_state(p.initial_state, state, p.in.state_v_first, shape, v0(), S);
-    for (int64_t c = 0; c < w.chunks; ++c) chunk(c);
-    if (p.final_state) store_state(p.final_state + state, p.in.state_v_first, shape, v0(), S);
-  }
-
- private:
-  __device__ static void split(const float (&c)[kC / 8][4], Small& a) {
-    if constexpr (F::kHigh)
-      split_fragment<E, kC>(c, a.high, a.low);
-    else
-      to_fragment<E, kC>(c, a.high);
-  }
-  __device__ static void begin(Small& a) {
-    if constexpr (F::kHigh)
-      Arch::begin(a.high, a.low);
-    else
-      Arch::begin(a.high);
-  }
-  __device__ static void finished(Small& a) {
-    if constexpr (F::kHigh)
-      Arch::template wait<0>(a.high, a.low);
-    else
-      Arch::template wait<0>(a.high);
-  }
-  // c += a b, where b is the sum of kParts squares.
-  template <int kParts>
-  __device__ static void multiply(float (&c)[kC / 8][4], Small& a, uint32_t b) {
-    using Square = typename F::Square;
-    Arch::template mma<kC>(c, a.high, Square{b}.along_k());
-    if constexpr (kParts == 2)
-      Arch::template mma<kC>(c, a.high, Square{b + Square::kBytes}.along_k());
-    if constexpr (F::kHigh) Arch::template mma<kC>(c, a.low, Square{b}.along_k());
-  }
-
-  __device__ void part_of_state(int part, Part& s) const {
-    to_fragment<E, kPart>(reinterpret_cast<const float(&)[kPart / 8][4]>(S[part * kPart / 8]), s);
-  }
-  __device__ void save_part(int64_t c, int part, const Part& s) const {
-    if (!p.states.data) return;
-    const int stride = int(pad64(p.in.shape.K));
-    E* const to = static_cast<E*>(p.states.data) + (w.sequence.slot + c) * p.states.slot +
-                  w.head * p.states.head + int64_t(v0()) * stride;
-    store_fragment<E, kPart>(s, to, stride, part * kPart, stride);
-  }
-  // y = S^T q^T by itself.
-  __device__ void query(const Rows& q, float (&y)[kC / 8][4]) const {
-    clear<kC>(y);
-#pragma unroll
-    for (int part = 0; part < kK / kPart; ++part) {
-      Part s;
-      part_of_state(part, s);
-      Arch::begin(y, s);
-      Arch::template mma<kC>(y, s, q.from(0, part * kPart));
-      Arch::commit();
-      Arch::template wait<0>(y, s);
-    }
-  }
-
-  __device__ void chunk(int64_t c) {
-    auto& pipe = shared.rest->pipe;
-    pipe.wait_ready(c);
-    if constexpr (F::kAsync) pipe.wait_loaded(c);
-    const auto& table = shared.table(c);
-    const auto keys = shared.keys(c);
-    const auto values = shared.values(c);
-    const Rows k = keys.along_k(), q = k.from(kC, 0);
-
-    float r[kC / 8][4], y[kC / 8][4];
-    clear<kC>(r), clear<kC>(y);
-    Part s;
-#pragma unroll
-    for (int part = 0; part < kK / kPart; ++part) {
-      part_of_state(part, s);
-      save_part(c, part, s);
-      Arch::begin(r, y, s);
-      Arch::template mma<kC>(r, s, k.from(0, part * kPart));
-      Arch::commit();
-      if constexpr (F::kEarlyY) {
-        if (p.o) Arch::template mma<kC>(y, s, q);
-        Arch::commit();
-      }
-      Arch::template wait<F::kEarlyY>(r);
-      if constexpr (!F::kEarlyY) Arch::template wait<0>(s);
-    }
-    Fragment<E, kC> v;
-    load_fragment<kC>(v, values.along_mn().from(0, 64 * group));
-    subtract_from<E, kC>(v, table.factors.read, r);
-
-    Small a, d;
-    split(r, a);
-    float e[kC / 8][4];
-    clear<kC>(e);
-    Arch::begin(e), begin(a);
-    multiply<F::Work::kParts>(e, a, shared.inverse(c));
-    Arch::commit();
-    Arch::template wait<0>(e, y, s), finished(a);
-
-    scale_columns(e, table.tokens.beta);
-    split(e, a);
-    scale_columns(e, table.factors.write);
-    split(e, d);
-    if constexpr (!F::kEarlyY)
-      if (p.o) query(q, y);
-    scale_columns(y, table.factors.query);
-    scale_all(S, table.tokens.chunk_decay);
-    Arch::begin(S, y), begin(a), begin(d);
-    Arch::template mma<kK>(S, d.high, keys.along_mn());
-    if constexpr (F::kHigh) Arch::template mma<kK>(S, d.low, keys.along_mn());
-    Arch::commit();
-    if (p.o) multiply<F::kAttention>(y, a, shared.attention(c));
-    Arch::commit();
-    Arch::template wait<0>(S, y), finished(a), finished(d);
-
-    if (p.o) write(c, values, y);
-    pipe.arrive_done(c);
-  }
-
-  __device__ void write(int64_t c, const typename F::Values& values, float (&y)[kC / 8][4]) const {
-    const ChunkShape& shape = p.in.shape;
-    scale_all(y, p.in.scale);
-    __syncwarp();
-    store_transposed<kC>(y, values, 64 * group);
-    __syncwarp();
-    const int64_t token = w.sequence.batch * shape.T + w.sequence.begin + c * kC;
-    E* const to = static_cast<E*>(p.o) + (token * shape.HV + w.head) * shape.V + v0();
-    store_output(values, 64 * group, to, shape.HV * shape.V, w.template rows<kC>(c),
-                 int(shape.V) - v0(), shape.V % (16 / int(sizeof(E))) == 0);
-    Arch::stores_visible();
   }
 };
 
@@ -388,21 +127,24 @@ __global__ __launch_bounds__(F::kThreads,
                                                       typename F::Maps maps) {
   extern __shared__ __align__(1024) char raw[];
   const FwdShared<F> shared(raw);
-  const Walk w = walk_of<F::kC>(p.in, blockIdx.x, 64 * F::kGroups);
-  const int groups = p.in.shape.V - w.v0 > 64 ? F::kGroups : 1;  // with rows of V
-  if (threadIdx.x == 0) shared.rest->pipe.init(128, 4 * groups);
+  Walk& w = shared.rest->walk;
+  const auto groups = [&] { return p.in.shape.V - w.v0 > 64 ? F::kGroups : 1; };  // with rows of V
+  if (threadIdx.x == 0) {
+    w = walk_of<F::kC>(p.in, blockIdx.x, 64 * F::kGroups);
+    shared.rest->pipe.init(128, 4 * groups());
+  }
   __syncthreads();
   const int group = int(threadIdx.x) / 128 - 1;
   if (group < 0) {
 #if __CUDA_ARCH__ >= 900
-    if constexpr (F::kAsync && F::kGroups == 2) registers_down<104>();
+    if constexpr (F::kAsync && F::kGroups == 2) registers_down<128>();
 #endif
     Ahead<F>{p, maps, w, shared}.run();
   } else {
 #if __CUDA_ARCH__ >= 900
-    if constexpr (F::kAsync && F::kGroups == 2) registers_up<200>();
+    if constexpr (F::kAsync && F::kGroups == 2) registers_up<192>();
 #endif
-    if (group < groups) StateGroup<F>{p, w, shared, group}.run();
+    if (group < groups()) StateGroup<F>{p, w, shared, group}.run();
   }
 }
 

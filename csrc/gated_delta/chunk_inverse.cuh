@@ -26,10 +26,11 @@ __device__ inline void store_shared(uint32_t to, float x) {
 // The diagonal block `block` of A becomes that of T'; by one warp.
 template <class T>
 __device__ inline void invert_diagonal(const T& a, int block) {
-  const int first = 16 * block, col = threadIdx.x % 16;
+  const int thread = thread_anew(), first = 16 * block, col = thread % 16;
   float x[16];
 #pragma unroll
   for (int r = 0; r < 16; ++r) {
+    if (r % 4 == 0) __syncwarp();  // or all rows are loaded at once, into as many registers
     x[r] = r == col;
 #pragma unroll
     for (int j = 0; j < r; j += 4) {
@@ -41,7 +42,7 @@ __device__ inline void invert_diagonal(const T& a, int block) {
     }
   }
   __syncwarp();
-  if (threadIdx.x % 32 < 16)
+  if (thread % 32 < 16)
 #pragma unroll
     for (int r = 0; r < 16; ++r) store_shared(a.at(first + r, first + col), x[r]);
 }
@@ -49,7 +50,7 @@ __device__ inline void invert_diagonal(const T& a, int block) {
 // Block column w of T', from A below the diagonal blocks and T' in them; by one warp.
 template <int kC>
 __device__ inline void invert_column(const Tile<float, kC, kC>& a, int w, InverseColumn<kC>& x) {
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const int thread = thread_anew(), g = thread % 32 / 4, t = thread % 4;
   const auto blocks = [&](int row, int col) { return a.along_k().from(16 * row, 16 * col); };
 #pragma unroll
   for (int i = 0; i < kC / 16; ++i) {
@@ -81,7 +82,7 @@ __device__ inline void invert_column(const Tile<float, kC, kC>& a, int w, Invers
 template <int kC, class E>
 __device__ inline void store_inverse(const InverseColumn<kC>& x, int w, const Tile<E, kC, kC>& high,
                                      const Tile<E, kC, kC>& low) {
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const int thread = thread_anew(), g = thread % 32 / 4, t = thread % 4;
 #pragma unroll
   for (int i = 0; i < kC / 16; ++i)
 #pragma unroll

@@ -10,15 +10,14 @@ namespace df::cuda {
 template <class E>
 inline constexpr int kChunk = sizeof(E) == 2 ? 64 : 32;
 
-// One value head of a sequence, a tile of columns of V from v0 on.
+// One value head of a sequence, a tile of columns of V from v0 on. In shared memory: it would take
+// many registers.
 struct Walk {
   Span sequence;
-  int64_t n, head, key_head;
-  int v0;
-  int64_t chunks;
+  int n, head, key_head, v0, chunks;
   template <int kC>
-  __device__ int rows(int64_t chunk) const {
-    const int64_t left = sequence.end - sequence.begin - chunk * kC;
+  __device__ int rows(int chunk) const {
+    const int64_t left = sequence.end - sequence.begin - int64_t(chunk) * kC;
     return left < kC ? int(left) : kC;
   }
 };
@@ -29,11 +28,11 @@ template <int kC>
 __device__ inline Walk walk_of(const ChunkCuda& p, int64_t block, int tile_v) {
   const int64_t tiles = (p.shape.V + tile_v - 1) / tile_v, row = block / tiles;
   Walk w;
-  w.n = row / p.shape.HV;
-  w.head = row % p.shape.HV, w.key_head = w.head / (p.shape.HV / p.shape.H);
+  w.n = int(row / p.shape.HV);
+  w.head = int(row % p.shape.HV), w.key_head = w.head / int(p.shape.HV / p.shape.H);
   w.v0 = int(block % tiles) * tile_v;
   w.sequence = sequence_span(p, w.n);
-  w.chunks = (w.sequence.end - w.sequence.begin + kC - 1) / kC;
+  w.chunks = int((w.sequence.end - w.sequence.begin + kC - 1) / kC);
   return w;
 }
 
@@ -56,20 +55,20 @@ struct Pipeline {
     mbarrier_fence_init();
 #endif
   }
-  __device__ void wait_loaded(int64_t chunk) {
-    mbarrier_wait(&loaded[chunk % kStages], uint32_t(chunk / kStages) & 1);
+  __device__ void wait_loaded(int chunk) {
+    mbarrier_wait(&loaded[uint32_t(chunk) % kStages], uint32_t(chunk) / kStages & 1);
   }
-  __device__ void wait_ready(int64_t chunk) {
-    mbarrier_wait(&ready[chunk % kTables], uint32_t(chunk / kTables) & 1);
+  __device__ void wait_ready(int chunk) {
+    mbarrier_wait(&ready[uint32_t(chunk) % kTables], uint32_t(chunk) / kTables & 1);
   }
-  __device__ void arrive_ready(int64_t chunk) { mbarrier_arrive(&ready[chunk % kTables]); }
+  __device__ void arrive_ready(int chunk) { mbarrier_arrive(&ready[uint32_t(chunk) % kTables]); }
   // Nothing to wait for before the first chunk.
-  __device__ void wait_done(int64_t chunk) {
-    if (chunk >= 0) mbarrier_wait(&done[chunk % kStages], uint32_t(chunk / kStages) & 1);
+  __device__ void wait_done(int chunk) {
+    if (chunk >= 0) mbarrier_wait(&done[uint32_t(chunk) % kStages], uint32_t(chunk) / kStages & 1);
   }
-  __device__ void arrive_done(int64_t chunk) {  // by whole warps
+  __device__ void arrive_done(int chunk) {  // by whole warps
     __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(&done[chunk % kStages]);
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(&done[uint32_t(chunk) % kStages]);
   }
 };
 

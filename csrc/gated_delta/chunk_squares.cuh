@@ -38,13 +38,13 @@ template <bool kStrict, int kC>
 __device__ inline void decay_lower(const TokenTable<kC>& t, int first, const float* row_factor,
                                    const float* col_factor, const float* col_factor2,
                                    float (&x)[kC / 8][4]) {
-  const int g = threadIdx.x % 32 / 4;
+  const int thread = thread_anew(), g = thread % 32 / 4, t2 = thread % 4 * 2;
   const float rows[2] = {row_factor[first + g], row_factor[first + g + 8]};
 #pragma unroll
   for (int n = 0; n < kC / 8; ++n)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int row = first + g + i / 2 * 8, col = fragment_col(n, i);
+      const int row = first + g + i / 2 * 8, col = 8 * n + t2 + i % 2;
       float y = 0;
       if (8 * n < first + 16 && (kStrict ? row > col : row >= col)) {
         y = x[n][i] * t.decay(row, col) * (rows[i / 2] * col_factor[col]);

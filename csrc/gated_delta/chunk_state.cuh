@@ -4,32 +4,35 @@
 #include "gated_delta/chunk_device.cuh"
 
 namespace df::cuda {
-// fn(row, column, element) for this lane's elements; rows of the tile.
+// fn(index, inside, element) for this lane's elements of rows v0 on; index: that of a state [K, V],
+// or [V, K] v-first; inside: whether the state has it.
 template <int kN, class Fn>
-__device__ inline void each_element(float (&c)[kN][4], Fn fn) {
+__device__ inline void each_element(const ChunkShape& shape, bool v_first, int v0,
+                                    float (&c)[kN][4], Fn fn) {
+  const int K = int(shape.K), V = int(shape.V);
+  const int row_step = v_first ? K : 1, col_step = v_first ? 1 : V;
+  const int v = v0 + fragment_row(0), k = fragment_col(0, 0);
+  int index = v * row_step + k * col_step;
 #pragma unroll
-  for (int n = 0; n < kN; ++n)
+  for (int n = 0; n < kN; ++n, index += 8 * col_step)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) fn(fragment_row(i), fragment_col(n, i), c[n][i]);
+    for (int i = 0; i < 4; ++i)
+      fn(index + i / 2 * 8 * row_step + i % 2 * col_step,
+         v + i / 2 * 8 < V && k + 8 * n + i % 2 < K, c[n][i]);
 }
 
-// From a state [K, V], or [V, K] v-first, whose first element is `at`; rows v0 on. Null: zeros.
+// Null: zeros.
 template <int kN>
-__device__ inline void load_state(const State& from, int64_t at, bool v_first,
-                                  const ChunkShape& shape, int v0, float (&S)[kN][4]) {
-  each_element(S, [&](int row, int col, float& x) {
-    const int v = v0 + row;
-    x = 0;
-    if (from.data && v < shape.V && col < shape.K)
-      x = load_any(from, at + (v_first ? v * shape.K + col : col * shape.V + v));
-  });
+__device__ inline void load_state(const float* from, bool v_first, const ChunkShape& shape, int v0,
+                                  float (&S)[kN][4]) {
+  each_element(shape, v_first, v0, S,
+               [&](int index, bool inside, float& x) { x = from && inside ? from[index] : 0; });
 }
 template <int kN>
 __device__ inline void store_state(float* to, bool v_first, const ChunkShape& shape, int v0,
                                    float (&S)[kN][4]) {
-  each_element(S, [&](int row, int col, float& x) {
-    const int v = v0 + row;
-    if (v < shape.V && col < shape.K) to[v_first ? v * shape.K + col : col * shape.V + v] = x;
+  each_element(shape, v_first, v0, S, [&](int index, bool inside, float& x) {
+    if (inside) to[index] = x;
   });
 }
 
@@ -37,12 +40,13 @@ __device__ inline void store_state(float* to, bool v_first, const ChunkShape& sh
 template <class E, int kCols>
 __device__ inline void store_fragment(const Fragment<E, kCols>& a, E* to, int64_t stride, int first,
                                       int cols) {
-  const int t = threadIdx.x % 4;
+  const int thread = thread_anew(), t = thread % 4;
+  const int first_row = thread % 128 / 32 * 16 + thread % 32 / 4;
 #pragma unroll
   for (int k = 0; k < kCols / 8; ++k)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = fragment_row(2 * half), col = first + 8 * k + 2 * t;
+      const int row = first_row + 8 * half, col = first + 8 * k + 2 * t;
       if (col >= cols) continue;
       E* const at = to + row * stride + col;
       if constexpr (sizeof(E) == 2)
@@ -59,8 +63,8 @@ __device__ inline void store_output(const T& tile, int first_col, typename T::E*
                                     int rows, int cols, bool vectors) {
   using E = typename T::E;
   constexpr int kUnit = 16 / int(sizeof(E)), kUnits = 16 / kUnit;
-  const int lane = threadIdx.x % 32, own = threadIdx.x % 128 / 32 * 16;
-#pragma unroll
+  const int thread = thread_anew(), lane = thread % 32, own = thread % 128 / 32 * 16;
+#pragma unroll 1
   for (int i = 0; i < T::kRows * kUnits; i += 32) {
     const int rank = (i + lane) / kUnits, row = rank / 8 * 8 + rank % 4 * 2 + rank / 4 % 2;
     const int col = own + (i + lane) % kUnits * kUnit;

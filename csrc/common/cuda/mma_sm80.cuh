@@ -37,11 +37,11 @@ template <Major kMajor>
 __device__ inline float2 load_pair(Operand<float, kMajor> x, int mn, int k) {
   if constexpr (kMajor == Major::k) {
     const auto at = x.from(0, k);
-    return load_two(swizzle<float>(at.first + uint32_t(mn) * 128));
+    return load_two(permuted<float>(at.first, mn, 0));
   } else {
     const auto at = x.from(0, mn);
-    return {load_one(swizzle<float>(at.first + uint32_t(k) * 128)),
-            load_one(swizzle<float>(at.first + uint32_t(k + 1) * 128))};
+    return {load_one(permuted<float>(at.first, k, 0)),
+            load_one(permuted<float>(at.first, k + 1, 0))};
   }
 }
 
@@ -52,10 +52,10 @@ __device__ inline uint32_t block_address(Operand<E, kMajor> x, int mn, int k) {
   const int lane = threadIdx.x % 32, inner = lane / 8 % 2 * 8, outer = lane / 16 * 8;
   if constexpr (kMajor == Major::k) {  // rows of the tile are mn
     const int row = lane % 8 + (kIsA ? inner : outer), col = k + (kIsA ? outer : inner);
-    return swizzle<E>(x.from(0, col).first + uint32_t(mn + row) * 128);
+    return permuted<E>(x.from(0, col).first, mn + row, 0);
   } else {
     const int row = lane % 8 + (kIsA ? outer : inner), col = mn + (kIsA ? inner : outer);
-    return swizzle<E>(x.from(0, col).first + uint32_t(k + row) * 128);
+    return permuted<E>(x.from(0, col).first, k + row, 0);
   }
 }
 

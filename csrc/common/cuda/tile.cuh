@@ -15,14 +15,22 @@ namespace df::cuda {
 template <class E>
 inline constexpr int kPanelCols = 128 / int(sizeof(E));
 
-// From the address that element (row, col) would have without permutation to the one that it has.
+// What the bytes of a row are permuted with, a XOR.
 template <class E>
-__device__ inline uint32_t swizzle(uint32_t address) {
-  const uint32_t row = address >> 7 & 7;
-  if constexpr (sizeof(E) == 2) return address ^ row << 4;
+__device__ inline uint32_t permutation(uint32_t row) {
+  row &= 7;
+  if constexpr (sizeof(E) == 2) return row << 4;
   // floats: rows 0-3, rows 4-7, even and odd rows each get pairs of units that are apart
   const uint32_t half = row >> 2, pair = (row & 3) ^ half;
-  return address ^ (2 * pair + half) << 4;
+  return (2 * pair + half) << 4;
+}
+// Element (row, col) of a tile or a part of one, of which `first` is the first element without
+// permutation. A sum in which the compiler sees what is constant: for a whole tile it has to know
+// that the address ends in zeros.
+template <class E>
+__device__ inline uint32_t permuted(uint32_t first, uint32_t row, uint32_t col) {
+  const uint32_t bytes = (first & 127) + col * uint32_t(sizeof(E));
+  return (first & ~127u) + row * 128 + (bytes ^ permutation<E>(row));
 }
 
 // How a tile is read: its columns run along K of the product (rows are M or N), or its rows do.
@@ -52,8 +60,8 @@ struct Tile {
 
   __device__ uint32_t at(int row, int col) const {
     constexpr int kPanel = kPanelCols<E>;
-    return swizzle<E>(base + uint32_t(col / kPanel) * (kRows * 128) + uint32_t(row) * 128 +
-                      uint32_t(col % kPanel) * uint32_t(sizeof(E)));
+    return base + uint32_t(col / kPanel) * (kRows * 128) + uint32_t(row) * 128 +
+           (uint32_t(col % kPanel) * uint32_t(sizeof(E)) ^ permutation<E>(row));
   }
   __device__ Operand<E, Major::k> along_k() const { return {base, kRows * 128}; }
   __device__ Operand<E, Major::mn> along_mn() const { return {base, kRows * 128}; }
@@ -72,6 +80,14 @@ __device__ inline uint32_t pack(float first, float second) {
 template <class E>
 __device__ inline float2 unpack(uint32_t both) {
   return {to_float(E{uint16_t(both)}), to_float(E{uint16_t(both >> 16)})};
+}
+
+// threadIdx.x, read anew: what is computed from it is not kept in registers from one round of a
+// loop to the next.
+__device__ inline int thread_anew() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
 }
 
 // An accumulator: 16 rows a warp, kN columns. Lane (g, t) = (lane / 4, lane % 4) has of tile n of 8

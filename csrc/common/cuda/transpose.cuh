@@ -16,14 +16,15 @@ __device__ inline uint32_t transpose8(uint32_t x) {
 template <int kN, class T>
 __device__ inline void store_transposed(const float (&c)[kN / 8][4], const T& tile, int first_col) {
   using E = typename T::E;
-  const int lane = threadIdx.x % 32, col = first_col + threadIdx.x % 128 / 32 * 16;
+  const int thread = thread_anew(), lane = thread % 32;
+  const int col = first_col + thread % 128 / 32 * 16;
 #pragma unroll
   for (int n = 0; n < kN / 8; ++n) {
     if constexpr (sizeof(E) == 4) {
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         asm volatile("st.shared.f32 [%0], %1;" ::"r"(
-                         tile.at(fragment_col(n, i), col + lane / 4 + i / 2 * 8)),
+                         tile.at(8 * n + lane % 4 * 2 + i % 2, col + lane / 4 + i / 2 * 8)),
                      "f"(c[n][i])
                      : "memory");
     } else {

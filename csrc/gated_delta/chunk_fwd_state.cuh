@@ -1,0 +1,268 @@
+// A state warpgroup of the forward: 64 rows of S^T in registers, through the chunks of a sequence.
+#pragma once
+#include "gated_delta/chunk_fwd_config.cuh"
+#include "gated_delta/chunk_state.cuh"
+
+namespace df::cuda {
+// c_ij <- c_ij factor_j
+template <int kN>
+__device__ inline void scale_columns(float (&c)[kN][4], const float* factor) {
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+    const float2 f = *reinterpret_cast<const float2*>(factor + fragment_col(n, 0));
+    c[n][0] *= f.x, c[n][1] *= f.y, c[n][2] *= f.x, c[n][3] *= f.y;
+  }
+}
+template <int kN>
+__device__ inline void scale_all(float (&c)[kN][4], float factor) {
+#pragma unroll
+  for (int n = 0; n < kN; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[n][i] *= factor;
+}
+
+// r_ij <- v_ij - factor_j r_ij
+template <class E, int kC>
+__device__ inline void subtract_from(const Fragment<E, kC>& v, const float* factor,
+                                     float (&r)[kC / 8][4]) {
+  scale_columns(r, factor);
+#pragma unroll
+  for (int n = 0; n < kC / 8; ++n)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float2 x;
+      if constexpr (sizeof(E) == 2)
+        x = unpack<E>(v.r[n / 2][n % 2 * 2 + half]);
+      else
+        x = {v.r[n][2 * half], v.r[n][2 * half + 1]};
+      r[n][2 * half] = x.x - r[n][2 * half], r[n][2 * half + 1] = x.y - r[n][2 * half + 1];
+    }
+}
+
+// kCols columns of an accumulator.
+template <int kCols, int kN>
+__device__ inline float (&columns(float (&c)[kN][4], int first))[kCols / 8][4] {
+  return reinterpret_cast<float(&)[kCols / 8][4]>(c[first / 8]);
+}
+
+// An operand A as one fragment, or, in high precision, as the sum of two.
+template <class E, int kK, bool kHigh>
+struct Factor {
+  Fragment<E, kK> high, low;
+  __device__ void set(const float (&c)[kK / 8][4]) {
+    if constexpr (kHigh)
+      split_fragment<E, kK>(c, high, low);
+    else
+      to_fragment<E, kK>(c, high);
+  }
+  template <class Arch>
+  __device__ void begin() {
+    if constexpr (kHigh)
+      Arch::begin(high, low);
+    else
+      Arch::begin(high);
+  }
+  template <class Arch>
+  __device__ void finished() {
+    if constexpr (kHigh)
+      Arch::template wait<0>(high, low);
+    else
+      Arch::template wait<0>(high);
+  }
+  // c += a b; b is `first` or, of two parts, also `second`.
+  template <class Arch, int kN, bool kPair, Major kMajor>
+  __device__ void multiply(float (&c)[kN / 8][4], Operand<E, kMajor> first,
+                           Operand<E, kMajor> second) {
+    Arch::template mma<kN>(c, high, first);
+    if constexpr (kPair) Arch::template mma<kN>(c, high, second);
+    if constexpr (kHigh) Arch::template mma<kN>(c, low, first);
+  }
+};
+
+template <class F>
+struct StateGroup {
+  using Arch = typename F::Arch;
+  using E = typename F::E;
+  using Square = typename F::Square;
+  static constexpr int kC = F::kC, kK = F::kK;
+  // One after the other: columns that are operand A at once, columns of a triangular product.
+  static constexpr int kStep = F::kAsync ? 32 : 16, kTokens = F::kAsync ? kC : 32;
+  static constexpr bool kPairT = F::Work::kParts == 2, kPairP = F::kAttention == 2;
+  using Step = Factor<E, kStep, F::kHigh>;
+  using Whole = Factor<E, kC, F::kHigh>;
+  using State = Fragment<E, kK>;
+
+  const ChunkFwdCuda& p;
+  const Walk& w;
+  const FwdShared<F>& shared;
+  int group;
+  float S[kK / 8][4];
+
+  __device__ int v0() const { return w.v0 + 64 * group; }
+
+  __device__ void run() {
+    const ChunkShape& shape = p.in.shape;
+    const int64_t state = (int64_t(w.n) * shape.HV + w.head) * shape.K * shape.V;
+    load_state(p.initial_state ? p.initial_state + state : nullptr, p.in.state_v_first, shape, v0(),
+               S);
+    for (int c = 0; c < w.chunks; ++c) {
+      shared.rest->pipe.wait_ready(c);
+      if constexpr (F::kAsync) shared.rest->pipe.wait_loaded(c);
+      save(c);
+      if constexpr (F::kTogether)
+        together(c);
+      else
+        in_turn(c);
+      shared.rest->pipe.arrive_done(c);
+    }
+    if (p.final_state) store_state(p.final_state + state, p.in.state_v_first, shape, v0(), S);
+  }
+
+ private:
+  __device__ void subtract_read(int c, float (&r)[kC / 8][4]) const {
+    Fragment<E, kC> v;
+    load_fragment<kC>(v, shared.values(c).along_mn().from(0, 64 * group));
+    subtract_from<E, kC>(v, shared.table(c).factors.read, r);
+  }
+
+  // S^T as it enters the chunk.
+  __device__ void save(int c) {
+    if (!p.states.data) return;
+    const int stride = int(pad64(p.in.shape.K));
+    E* const to = static_cast<E*>(p.states.data) + (w.sequence.slot + c) * p.states.slot +
+                  w.head * p.states.head + int64_t(v0()) * stride;
+#pragma unroll
+    for (int k = 0; k < kK; k += 16) {
+      Fragment<E, 16> s;
+      to_fragment<E, 16>(columns<16>(S, k), s);
+      store_fragment<E, 16>(s, to, stride, k, stride);
+    }
+  }
+
+  // The chunk with O and the state's update side by side, and R and Y.
+  __device__ void together(int c) {
+    const auto& table = shared.table(c);
+    const auto k = shared.keys(c).along_k();
+    float r[kC / 8][4], y[kC / 8][4], u[kC / 8][4];
+    State s;
+    clear<kC>(r), clear<kC>(y), clear<kC>(u);
+    to_fragment<E, kK>(S, s);
+    Arch::begin(r, y, s);
+    Arch::template mma<kC>(r, s, k);
+    Arch::commit();
+    if (p.o) Arch::template mma<kC>(y, s, k.from(kC, 0));
+    Arch::commit();
+    Arch::template wait<1>(r);
+    subtract_read(c, r);
+
+    Whole a, d;
+    a.set(r);
+    Arch::begin(u), a.template begin<Arch>();
+    const uint32_t inverse = shared.inverse(c), attention = shared.attention(c);
+    a.template multiply<Arch, kC, kPairT>(u, Square{inverse}.along_k(),
+                                          Square{inverse + Square::kBytes}.along_k());
+    Arch::commit();
+    Arch::template wait<0>(u, y, s), a.template finished<Arch>();
+
+    scale_columns(u, table.tokens.beta);
+    a.set(u);
+    scale_columns(u, table.factors.write);
+    d.set(u);
+    scale_columns(y, table.factors.query);
+    scale_all(S, table.tokens.chunk_decay);
+    Arch::begin(S, y), a.template begin<Arch>(), d.template begin<Arch>();
+    const auto rows = shared.keys(c).along_mn();
+    d.template multiply<Arch, kK, false>(S, rows, rows);
+    Arch::commit();
+    if (p.o)
+      a.template multiply<Arch, kC, kPairP>(y, Square{attention}.along_k(),
+                                            Square{attention + Square::kBytes}.along_k());
+    Arch::commit();
+    Arch::template wait<0>(S, y), a.template finished<Arch>(), d.template finished<Arch>();
+    if (p.o) write<kC>(c, 0, y);
+  }
+
+  // x = S^T b^T for the rows of k, or, second, of q.
+  __device__ void read(int c, int pass, float (&x)[kC / 8][4]) {
+    clear<kC>(x);
+#pragma unroll
+    for (int k = 0; k < kK; k += kStep) {
+      Fragment<E, kStep> s;
+      to_fragment<E, kStep>(columns<kStep>(S, k), s);
+      Arch::begin(x, s);
+      Arch::template mma<kC>(x, s, shared.keys(c).along_k().from(0, k).from(pass * kC, 0));
+      Arch::commit();
+      Arch::template wait<0>(x, s);
+    }
+  }
+  // x += a b^T for a lower triangular b, by kTokens columns of x.
+  template <bool kPair>
+  __device__ void lower(float (&x)[kC / 8][4], float (&a)[kC / 8][4], uint32_t b) {
+#pragma unroll
+    for (int j = 0; j < kC; j += kStep) {
+      Step s;
+      s.set(columns<kStep>(a, j));
+#pragma unroll
+      for (int i = 0; i < kC; i += kTokens) {
+        if (i + kTokens <= j) continue;
+        auto& part = columns<kTokens>(x, i);
+        Arch::begin(part), s.template begin<Arch>();
+        s.template multiply<Arch, kTokens, kPair>(part, Square{b}.along_k().from(i, j),
+                                                  Square{b + Square::kBytes}.along_k().from(i, j));
+        Arch::commit();
+        Arch::template wait<0>(part), s.template finished<Arch>();
+      }
+    }
+  }
+
+  // The chunk with one product after the other. R and Y are passes of one loop: otherwise the
+  // compiler keeps the rounded S of the first for the second, in registers that there are not.
+  __device__ void in_turn(int c) {
+    const auto& table = shared.table(c);
+    float u[kC / 8][4];
+    clear<kC>(u);
+#pragma unroll 1
+    for (int pass = 0; pass < (p.o ? 2 : 1); ++pass) {
+      float x[kC / 8][4];
+      read(c, pass, x);
+      if (pass == 0) {
+        subtract_read(c, x);
+        lower<kPairT>(u, x, shared.inverse(c));
+        scale_columns(u, table.tokens.beta);
+      } else {
+        scale_columns(x, table.factors.query);
+        lower<kPairP>(x, u, shared.attention(c));
+        write<kC>(c, 0, x);
+      }
+    }
+    scale_columns(u, table.factors.write);
+    scale_all(S, table.tokens.chunk_decay);
+#pragma unroll
+    for (int j = 0; j < kC; j += kStep) {
+      Step s;
+      s.set(columns<kStep>(u, j));
+      Arch::begin(S), s.template begin<Arch>();
+      const auto rows = shared.keys(c).along_mn().from(j, 0);
+      s.template multiply<Arch, kK, false>(S, rows, rows);
+      Arch::commit();
+      Arch::template wait<0>(S), s.template finished<Arch>();
+    }
+  }
+
+  // O of the chunk's tokens from `first` on, through the rows of v that this warp alone has read.
+  template <int kN>
+  __device__ void write(int c, int first, float (&y)[kN / 8][4]) const {
+    const ChunkShape& shape = p.in.shape;
+    const TileRows<typename F::Values, kN> tile{shared.values(c), first};
+    scale_all(y, p.in.scale);
+    __syncwarp();
+    store_transposed<kN>(y, tile, 64 * group);
+    __syncwarp();
+    const int64_t token = w.sequence.batch * shape.T + w.sequence.begin + int64_t(c) * kC + first;
+    E* const to = static_cast<E*>(p.o) + (token * shape.HV + w.head) * shape.V + v0();
+    store_output(tile, 64 * group, to, shape.HV * shape.V, w.template rows<kC>(c) - first,
+                 int(shape.V) - v0(), shape.V % (16 / int(sizeof(E))) == 0);
+    Arch::stores_visible();
+  }
+};
+}  // namespace df::cuda
