@@ -41,7 +41,7 @@ struct FromForward {
   Tensor inverses, states;
   Saved parts;
 };
-FromForward from_forward(const ChunkTensors& t, const OptTensor& saved) {
+FromForward from_forward(const ChunkTensors& t, const OptTensor& saved, bool high_precision) {
   const ChunkCuda& in = t.args;
   const int64_t rows = in.slots() * in.shape.HV, inverse = inverse_elements(in);
   const int64_t state = state_elements(in), kept = saved && rows ? saved->numel() / rows : 0;
@@ -58,6 +58,7 @@ FromForward from_forward(const ChunkTensors& t, const OptTensor& saved) {
   p.initial_state = dense(t.initial_state);
   if (!saved) p.inverse = from.parts.inverse;
   p.states = from.parts.states;
+  p.high_precision = high_precision;
   Launch launch(t.q, t.k, t.v, t.g, t.beta, t.initial_state, t.cu_seqlens, t.A_log, t.dt_bias,
                 from.inverses, from.states);
   chunk_fwd_run(p, launch.stream());
@@ -83,8 +84,8 @@ Gradients bwd(const Tensor& d_o_, const OptTensor& d_final_state_, const OptTens
               const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
               const Tensor& beta, const OptTensor& initial_state, const OptTensor& cu_seqlens,
               const OptTensor& A_log, const OptTensor& dt_bias, double scale, bool l2norm,
-              double sigmoid_scale, bool state_v_first, int64_t /*chunk_size*/,
-              bool /*high_precision*/, int64_t /*split*/, bool /*batch_invariant*/) {
+              double sigmoid_scale, bool state_v_first, int64_t /*chunk_size*/, bool high_precision,
+              int64_t /*split*/, bool /*batch_invariant*/) {
   const ChunkTensors t = chunk_tensors(q, k, v, g, beta, initial_state, cu_seqlens, A_log, dt_bias,
                                        scale, l2norm, sigmoid_scale, state_v_first);
   const ChunkCuda& in = t.args;
@@ -110,7 +111,7 @@ Gradients bwd(const Tensor& d_o_, const OptTensor& d_final_state_, const OptTens
   const Tensor dstates = empty(q, {slots, HV, state_elements(in)});
 
   if (HV) {
-    const FromForward from = from_forward(t, saved);
+    const FromForward from = from_forward(t, saved, high_precision);
     const auto at = [](const Tensor& x, bool wanted) {
       return wanted ? static_cast<float*>(x.mutable_data_ptr()) : nullptr;
     };
