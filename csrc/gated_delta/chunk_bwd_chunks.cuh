@@ -39,8 +39,10 @@ struct ChunkGradConfig {
   using E = E_;
   static constexpr int kK = kK_, kC = sizeof(E) == 2 ? 64 : 32, kV = kC;
   static constexpr int kGroupThreads = 2 * kC, kThreads = 2 * kGroupThreads;
-  static constexpr int kWarps = kC / 16;                              // of a group
-  static constexpr int kPanel = !Arch::kAsync && kK > 128 ? 32 : 64;  // of K, in one product
+  static constexpr int kWarps = kC / 16;  // of a group
+  // where registers are rare: products of fewer columns of K at once, operands from shared memory
+  static constexpr int kPanel = !Arch::kAsync && kK > 128 ? 32 : 64;
+  static constexpr bool kFragments = kK <= (Arch::kAsync ? 128 : 64);
   static constexpr bool kOneState = !Arch::kAsync && sizeof(E) == 2 && kK == 256;
   using KeyTile = Tile<E, kC, kK>;
   using StateTile = Tile<E, kV, kK>;
@@ -82,11 +84,15 @@ struct ChunkGradTiles {
   static constexpr int kState = 2 * KeyTile::kBytes;
   static constexpr int kSquare = kState + (C::kOneState ? 1 : 2) * StateTile::kBytes;
   static constexpr int kScalars = kSquare + 6 * SquareTile::kBytes;
-  static constexpr int kGram = kScalars + int(sizeof(ChunkGradScalars<C>) + 15) / 16 * 16;
-  static constexpr int kGramBytes = C::kThreads * C::kC * 2;  // accumulators, 16 bytes a thread
+  // One accumulator a thread, C x C: `square` between the tiles of V where registers are rare,
+  // and gram, each where it fits.
   static constexpr int kLimit = (C::Arch::kAsync ? 227 : 163) * 1024;
-  static constexpr bool kKeepsGram = kGram + kGramBytes <= kLimit;
-  static constexpr int kBytes = kGram + (kKeepsGram ? kGramBytes : 0);
+  static constexpr int kAccumulators = C::kThreads * C::kC * 2;
+  static constexpr int kKept = kScalars + int(sizeof(ChunkGradScalars<C>) + 15) / 16 * 16;
+  static constexpr bool kKeepsSquare = C::kK > 128 && kKept + kAccumulators <= kLimit;
+  static constexpr int kGram = kKept + (kKeepsSquare ? kAccumulators : 0);
+  static constexpr bool kKeepsGram = kGram + kAccumulators <= kLimit;
+  static constexpr int kBytes = kGram + (kKeepsGram ? kAccumulators : 0);
   static_assert(kBytes <= kLimit);
   uint32_t base;
 
@@ -290,18 +296,17 @@ struct ChunkGrads {
   }
 
   // ---- phases of a tile of V
-  // d += factor o (a S^T) with S^T of `state`; dots += rows of a S^T times those of `key`. For
-  // K > 128 there are no registers for a as a fragment.
+  // d += factor o (a S^T) with S^T of `state`; dots += rows of a S^T times those of `key`.
   __device__ void read_state(const typename C::SquareTile& from, const typename C::StateTile& state,
                              const typename C::KeyTile& key, const float (&factor)[2],
                              float (&dots)[2], float (&d)[kK / 8][4]) const {
     Fragment<E, kV> a;
-    if constexpr (kK <= 128) load_fragment<kV>(a, own(from).along_k());
+    if constexpr (C::kFragments) load_fragment<kV>(a, own(from).along_k());
 #pragma unroll
     for (int k0 = 0; k0 < kK; k0 += C::kPanel) {
       Accumulator<C::kPanel> x;
       clear<C::kPanel>(x);
-      if constexpr (kK <= 128) {
+      if constexpr (C::kFragments) {
         Arch::begin(x, a);
         Arch::template mma<C::kPanel, kV>(x, a, state.along_mn().from(0, k0));
         Arch::commit();
@@ -386,10 +391,27 @@ struct ChunkGrads {
     return sum;
   }
 
-  // ---- QK^T or KK^T, not normed: once, into shared memory where it fits, else once a head
-  __device__ uint32_t kept_gram(int n) const {
-    return tiles.base + ChunkGradTiles<C>::kGram + (n * C::kThreads + all_threads()) * 16;
+  // ---- accumulators in shared memory, from `at` on
+  __device__ uint32_t kept(int at, int n) const {
+    return tiles.base + at + (n * C::kThreads + all_threads()) * 16;
   }
+  __device__ void keep(int at, const float (&x)[kC / 8][4]) const {
+#pragma unroll
+    for (int n = 0; n < kC / 8; ++n)
+      asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(kept(at, n)), "f"(x[n][0]),
+                   "f"(x[n][1]), "f"(x[n][2]), "f"(x[n][3])
+                   : "memory");
+  }
+  __device__ void load_kept(int at, float (&x)[kC / 8][4]) const {
+#pragma unroll
+    for (int n = 0; n < kC / 8; ++n) {
+      const uint4 y = load_unit(kept(at, n));
+      x[n][0] = __uint_as_float(y.x), x[n][1] = __uint_as_float(y.y);
+      x[n][2] = __uint_as_float(y.z), x[n][3] = __uint_as_float(y.w);
+    }
+  }
+
+  // QK^T or KK^T, not normed: made once where they can be kept, else once a head.
   __device__ void make_gram(float (&gram)[kC / 8][4]) const {
     clear<kC>(gram);
     Arch::begin(gram);
@@ -397,28 +419,6 @@ struct ChunkGrads {
     Arch::commit();
     Arch::template wait<0>(gram);
   }
-  __device__ void keep_gram() const {
-    Accumulator<kC> gram;
-    make_gram(gram);
-#pragma unroll
-    for (int n = 0; n < kC / 8; ++n)
-      asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(kept_gram(n)), "f"(gram[n][0]),
-                   "f"(gram[n][1]), "f"(gram[n][2]), "f"(gram[n][3])
-                   : "memory");
-  }
-  __device__ void load_gram(float (&gram)[kC / 8][4]) const {
-    if constexpr (ChunkGradTiles<C>::kKeepsGram) {
-#pragma unroll
-      for (int n = 0; n < kC / 8; ++n) {
-        const uint4 x = load_unit(kept_gram(n));
-        gram[n][0] = __uint_as_float(x.x), gram[n][1] = __uint_as_float(x.y);
-        gram[n][2] = __uint_as_float(x.z), gram[n][3] = __uint_as_float(x.w);
-      }
-    } else {
-      make_gram(gram);
-    }
-  }
-
   // ---- once a head
   // From N or M to dP or dKK: their part of d, square K; in the place of T' for the products with
   // the transpose; in `gram` without beta, times gram.
@@ -429,6 +429,7 @@ struct ChunkGrads {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int r = row(half);
+      const int last = r - role - column(0, 0);  // of the lower triangle, counted from this lane
       const float norm = role ? norms.rk[r] : norms.rq[r];
       const uint32_t at = pairs(tiles.square(role), half);
 #pragma unroll
@@ -437,7 +438,7 @@ struct ChunkGrads {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int col = column(n, i);
-          const bool lower = col <= r - role;
+          const bool lower = 8 * n + i <= last;
           float &x = square[n][2 * half + i], &y = gram[n][2 * half + i];
           x = lower ? factor * t.decay(r, col) * x : 0.0f;
           y = lower ? x * y * (norm * norms.rk[col]) : 0.0f;
@@ -492,13 +493,12 @@ struct ChunkGrads {
         for (int i = 0; i < 4; ++i) x[n][i] += scalars.columns[role][w][column(n, i)];
     }
     float sums[2] = {0, 0};
+    const int last[2] = {row(0) - column(0, 0), row(1) - column(0, 0)};
 #pragma unroll
     for (int n = 0; n < kC / 8; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int col = column(n, i);
-        if (col < row(i / 2)) sums[i / 2] += t.beta[col] * x[n][i];
-      }
+      for (int i = 0; i < 4; ++i)
+        if (8 * n + i % 2 < last[i / 2]) sums[i / 2] += t.beta[column(n, i)] * x[n][i];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float sum = lane_sum<4>(sums[half]);
@@ -643,6 +643,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     chunk_grads_kernel(const __grid_constant__ ChunkBwdCuda p) {
   using Arch = typename C::Arch;
   using E = typename C::E;
+  using Tiles = ChunkGradTiles<C>;
   extern __shared__ __align__(1024) char shared[];
   const ChunkShape& s = p.in.shape;
   const int H = int(s.H), slot = blockIdx.x / H, key_head = blockIdx.x % H, G = int(s.HV / s.H);
@@ -676,12 +677,16 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 
   Accumulator<C::kK> d;
   clear<C::kK>(d);
-  if constexpr (ChunkGradTiles<C>::kKeepsGram) my.keep_gram();
+  if constexpr (Tiles::kKeepsGram) {
+    Accumulator<C::kC> gram;
+    my.make_gram(gram);
+    my.keep(Tiles::kGram, gram);
+  }
 
   for (const int end = head + G; head < end; ++head) {
     const TokenTable<C::kC>& t = scalars.table[head % 2];
     Accumulator<C::kC> square;
-    clear<C::kC>(square);
+    if constexpr (!Tiles::kKeepsSquare) clear<C::kC>(square);
     float key_dots[2] = {0, 0}, value_dots[2] = {0, 0}, inner = 0;
     for (int v0 = 0; v0 < s.V; v0 += C::kV) {
       const bool last = v0 + C::kV >= s.V, more = !last || head + 1 < end;
@@ -712,7 +717,6 @@ __global__ void __launch_bounds__(C::kThreads, 1)
         my.errors();
       } else {
         inner += my.inner_product(head, v0);
-        if (v0 == 0 && my.warp() == 0 && head + 1 < end) my.load_table(head + 1);
       }
       Arch::stores_visible();
       my.barrier();
@@ -726,10 +730,13 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       }
 
       my.forget();
+      if constexpr (Tiles::kKeepsSquare)
+        v0 == 0 ? clear<C::kC>(square) : my.load_kept(Tiles::kKept, square);
       Arch::begin(square, a);
       Arch::template mma<C::kC, C::kV>(square, a, tiles.w().along_k());
       Arch::commit();
       Arch::template wait<0>(square, a);
+      if (Tiles::kKeepsSquare && !last) my.keep(Tiles::kKept, square);
       if (my.role == 1) {
         const float factor[2] = {t.beta[my.row(0)] * t.del[my.row(0)],
                                  t.beta[my.row(1)] * t.del[my.row(1)]};
@@ -748,7 +755,10 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 
     my.forget();
     Accumulator<C::kC> products;
-    my.load_gram(products);
+    if constexpr (Tiles::kKeepsGram)
+      my.load_kept(Tiles::kGram, products);
+    else
+      my.make_gram(products);
     my.square_gradients(t, square, products, d);
     Arch::stores_visible();
     my.barrier();
@@ -759,7 +769,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     my.barrier();
     if (head + 1 < end) my.load_inverse(head + 1);
     cp_async_commit();
-    if (threadIdx.x < 32) my.scalar_gradients(t, head);
+    if (my.role == 0 && my.warp() == 0) my.scalar_gradients(t, head);
+    if (my.role == 1 && my.warp() == 0 && head + 1 < end) my.load_table(head + 1);
   }
   my.forget();
   my.store_keys(d);
