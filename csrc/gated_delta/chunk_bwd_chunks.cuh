@@ -39,7 +39,7 @@ struct ChunkGradConfig {
   using E = E_;
   static constexpr int kK = kK_, kC = sizeof(E) == 2 ? 64 : 32, kV = kC;
   static constexpr int kGroupThreads = 2 * kC, kThreads = 2 * kGroupThreads;
-  static constexpr int kWarps = kC / 16;  // of a group
+  static constexpr int kWarps = kC / 16;                              // of a group
   static constexpr int kPanel = !Arch::kAsync && kK > 128 ? 32 : 64;  // of K, in one product
   static constexpr bool kOneState = !Arch::kAsync && sizeof(E) == 2 && kK == 256;
   using KeyTile = Tile<E, kC, kK>;
@@ -233,7 +233,8 @@ struct ChunkGrads {
     ChunkGradPlace& place = scalars.place;
     place.first = of.sequence.begin + of.chunk * kC;
     place.slot = slot, place.key_head = key_head;
-    place.batch = int(of.sequence.batch), place.rows = of.rows, place.tiles = tiles.base, place.zero = 0;
+    place.batch = int(of.sequence.batch), place.rows = of.rows, place.tiles = tiles.base,
+    place.zero = 0;
     const Input dW{p.dv, p.in.v.dtype, s.T * s.HV * s.V, s.HV * s.V, s.V};
     place.v = rows_of(p.in.v, s.V), place.dO = rows_of(p.d_o, s.V), place.dW = rows_of(dW, s.V);
     place.states = rows_of(p.states, slot), place.dstates = rows_of(p.dstates, slot);

@@ -55,7 +55,7 @@ FromForward from_forward(const ChunkTensors& t, const OptTensor& saved, bool hig
   from.parts.states = {from.states.mutable_data_ptr(), in.shape.HV * state, state};
 
   ChunkFwdCuda p{in};
-  p.initial_state = dense(t.initial_state);
+  p.initial_state = static_cast<const float*>(data(t.initial_state));
   if (!saved) p.inverse = from.parts.inverse;
   p.states = from.parts.states;
   p.high_precision = high_precision;

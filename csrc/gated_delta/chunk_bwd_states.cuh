@@ -18,16 +18,10 @@
 // Bytes a chunk of V columns and C = 64: 2 (2 K + 2 V) C + 4 C^2 in; 2 C V + 2 K V out.
 // FLOPs 2 C V (3 K + 3 C) + 2 C^2 K. Bound by the chain's latency, below 110 chains by it alone.
 #pragma once
-#include "common/cuda/transpose.cuh"
 #include "gated_delta/chunk_bwd_states_cta.cuh"
+#include "gated_delta/chunk_state.cuh"
 
 namespace df::cuda {
-// What follows from the result is computed again in every round of a loop, not kept in registers.
-__device__ inline int opaque(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-
 // ---- products' operands and results by columns, which are tokens
 __device__ inline float2 column_pair(const float* x, int n) {
   return *reinterpret_cast<const float2*>(x + fragment_col(n, 0));
@@ -117,7 +111,7 @@ __device__ inline void store_tokens(const float (&c)[kN][4], E* to, int64_t stri
       }
     }
   } else {
-    const int row = opaque(fragment_col(0, 0)), col = fragment_row(0);
+    const int row = anew(fragment_col(0, 0)), col = fragment_row(0);
     float* at = to + row * stride + col;
 #pragma unroll
     for (int n = 0; n < kN; ++n, at += 8 * stride)
@@ -128,22 +122,18 @@ __device__ inline void store_tokens(const float (&c)[kN][4], E* to, int64_t stri
   }
 }
 
-// fn(element of the state of this sequence and head, element of dS^T) for all that exist.
-template <class C, class Float, class Fn>
-__device__ inline void each_state_element(const C& c, int group, Float* state,
-                                          float (&dS)[C::kK / 8][4], Fn fn) {
-  const ChunkShape& s = c.p.in.shape;
-  const int K = int(s.K), V = int(s.V), v0 = c.item().v0 + 64 * group;
-  Float* const base = state + (c.item().n * s.HV + c.item().head) * s.K * s.V;
-  const int row = c.p.in.state_v_first ? K : 1, col = c.p.in.state_v_first ? 1 : V;
-  const int k = fragment_col(0, 0), v = v0 + fragment_row(0);
-  int at = v * row + k * col;  // opaque: one sum a column, not an address for each
-#pragma unroll
-  for (int n = 0; n < C::kK / 8; ++n, at = opaque(at + 8 * col))
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (v + i / 2 * 8 < V && k + 8 * n + i % 2 < K)
-        fn(base + (at + i / 2 * 8 * row + i % 2 * col), dS[n][i]);
+// What a summary of a segment holds: rows of dH^T, then of M.
+template <class C>
+__device__ inline ChunkShape summary_shape(const C& c) {
+  ChunkShape s = c.p.in.shape;
+  s.K = pad64(s.K), s.V = pad64(s.V) + s.K;
+  return s;
+}
+template <class C>
+__device__ inline float* summary(const C& c) {
+  const ChunkShape s = summary_shape(c);
+  const int64_t segment = int64_t(c.item().n) * c.p.segments + c.item().segment;
+  return c.p.summaries + (segment * s.HV + c.item().head) * s.V * s.K;
 }
 
 // beta o dU^T = beta o (del o (dS^T K^T) + dO^T P) of one V tile, as an operand A; leaves dS
@@ -175,7 +165,7 @@ __device__ inline void output_gradients(const C& c, int stage, int group, int ch
     }
     M::template mma<kC, kSlice>(X, part, tiles.k.along_k().from(0, k));
     M::commit();
-    store_state_rows(part, to + k, Kp, Kp - k);
+    if (!c.p.summary) store_state_rows(part, to + k, Kp, Kp - k);
     M::template wait<0>(X, part);
   }
   scale_tokens(X, f.k);
@@ -229,7 +219,7 @@ __device__ inline void step_back(const C& c, int stage, int group, int chunk,
   const int v0 = c.item().v0 + 64 * group;
   E* const to = static_cast<E*>(c.p.dv) +
                 ((c.item().batch * s.T + c.first(chunk)) * s.HV + c.item().head) * s.V + v0;
-  store_tokens(dW, to, s.HV * s.V, c.rows(chunk), int(s.V) - v0);
+  if (!c.p.summary) store_tokens(dW, to, s.HV * s.V, c.rows(chunk), int(s.V) - v0);
   scale_tokens(dW, f.w);
   to_fragment(dW, a);
   M::begin(a);
@@ -318,7 +308,7 @@ __device__ inline void prepare_all(const C& c, const StatesMaps<M::kAsync>& maps
   StatesRing ring{c.stages}, requested{c.stages};
 #pragma unroll 1
   for (int step = -ahead; step < c.item().chunks; ++step) {
-    const int thread = opaque(threadIdx.x % 128);
+    const int thread = thread_anew() % 128;
     request<M>(c, maps, vectors, step + ahead, requested.stage, requested.phase, thread);
     requested.next();
     if (step < 0) continue;
@@ -334,39 +324,64 @@ __device__ inline void prepare_all(const C& c, const StatesMaps<M::kAsync>& maps
   }
 }
 
+// A summary starts from zero rows, and behind those of V from the identity, whose rows become M.
 template <class M, class C>
 __device__ inline void walk_back(const C& c, int group) {
   Accumulator<C::kK> dS;
   clear<C::kK>(dS);
-  if (c.p.d_final_state)
-    each_state_element(c, group, c.p.d_final_state, dS,
-                       [](const float* from, float& x) { x = *from; });
+  const int v0 = c.item().v0 + 64 * group;
+  const bool cut = c.p.segments > 1;
+  const ChunkShape& s = c.p.in.shape;
+  const int64_t state = (c.item().n * s.HV + c.item().head) * s.K * s.V;
+  if (c.p.summary) {
+    const int behind = v0 - int(pad64(s.V));
+#pragma unroll
+    for (int n = 0; n < C::kK / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) dS[n][i] = behind + fragment_row(i) == fragment_col(n, i);
+  } else if (c.p.segments > 1) {
+    load_state(summary(c), true, summary_shape(c), v0, dS);
+  } else if (c.p.d_final_state) {
+    load_state(c.p.d_final_state + state, c.p.in.state_v_first, s, v0, dS);
+  }
   StatesRing ring{c.stages};
 #pragma unroll 1
   for (int chunk = c.item().chunks - 1; chunk >= 0; --chunk) {
     mbarrier_wait(c.loaded(ring.stage), ring.phase);
     mbarrier_wait(c.ready(ring.stage), ring.phase);
-    step_back<M>(c, ring.stage, opaque(group), chunk, dS);
+    step_back<M>(c, ring.stage, anew(group), chunk, dS);
     __syncwarp();
     if (threadIdx.x % 32 == 0) mbarrier_arrive(c.empty(ring.stage));
     ring.next();
   }
-  if (c.p.d_initial_state)
-    each_state_element(c, group, c.p.d_initial_state, dS, [](float* to, float& x) { *to = x; });
+  if (c.p.summary)
+    store_state(summary(c), true, summary_shape(c), c.item().v0 + 64 * group, dS);
+  else if (c.p.d_initial_state && c.item().segment == 0)
+    store_state(c.p.d_initial_state + (c.item().n * s.HV + c.item().head) * s.K * s.V,
+                c.p.in.state_v_first, s, c.item().v0 + 64 * group, dS);
 }
 
+// Blocks are numbered by tiles of V (of a summary: rows of V and K), then heads, segments,
+// sequences.
 template <int kC>
-__device__ inline StatesItem states_item(const ChunkCuda& in, int groups) {
-  const int tiles = int(pad64(in.shape.V)) / 64 / groups, HV = int(in.shape.HV);
-  const int chain = int(blockIdx.x) / tiles, n = chain / HV;
-  const Span s = sequence_span(in, n);
-  return {s.begin,
-          s.end,
-          int(s.batch),
+__device__ inline StatesItem states_item(const ChunkBwdCuda& p, int groups) {
+  const ChunkShape& s = p.in.shape;
+  const int rows = int(pad64(s.V) + (p.summary ? pad64(s.K) : 0));
+  const int tiles = rows / 64 / groups, HV = int(s.HV), chain = int(blockIdx.x) / tiles;
+  const int segment = chain / HV % p.segments, n = chain / HV / p.segments;
+  const Span span = sequence_span(p.in, n);
+  const int chunks = int((span.end - span.begin + kC - 1) / kC);
+  const int each = (chunks + p.segments - 1) / p.segments, first = segment * each;
+  const int left = chunks - first, own = left < 0 ? 0 : left < each ? left : each;
+  const int64_t begin = span.begin + int64_t(first) * kC, end = begin + int64_t(own) * kC;
+  return {begin,
+          end < span.end ? end : span.end,
+          int(span.batch),
           n,
           chain % HV,
-          int(s.slot),
-          int((s.end - s.begin + kC - 1) / kC),
+          segment,
+          int(span.slot) + first,
+          own,
           int(blockIdx.x) % tiles * 64 * groups};
 }
 
@@ -378,7 +393,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   extern __shared__ __align__(1024) char memory[];
   const C c{p, groups, stages, memory};
   if (threadIdx.x == 0) {
-    c.item() = states_item<C::kC>(p.in, groups);
+    c.item() = states_item<C::kC>(p, groups);
     if (shared_address(memory) % 1024) __trap();
     for (int i = 0; i < stages; ++i) {
       mbarrier_init(c.loaded(i), M::kAsync ? 1 : 128);
@@ -416,7 +431,8 @@ int chunk_bwd_states_launch(const ChunkBwdCuda& p, const StatesMaps<M::kAsync>& 
   cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
   const ChunkShape& s = p.in.shape;
-  const int64_t chains = p.in.N * s.HV, tiles = pad64(s.V) / 64;
+  const int64_t chains = p.in.N * p.segments * s.HV;
+  const int64_t tiles = (pad64(s.V) + (p.summary ? pad64(s.K) : 0)) / 64;
   const int groups = C::kMaxGroups == 2 && tiles % 2 == 0 && chains * tiles / 2 >= sms ? 2 : 1;
   int stages = 3;
   while (stages > 1 && C::bytes(groups, stages) > most) --stages;

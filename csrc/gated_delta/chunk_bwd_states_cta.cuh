@@ -25,9 +25,9 @@ struct StatesMaps<true> {
 };
 
 // Read from shared memory where it is wanted: registers are for the state.
-struct StatesItem {    // V tiles of 64 columns, from v0 on, of one value head of one sequence
-  int64_t begin, end;  // of the sequence, in row `batch`
-  int batch, n, head, slot, chunks, v0;  // slot: of the first chunk
+struct StatesItem {    // V tiles of 64 columns, from v0 on, of one value head of one segment
+  int64_t begin, end;  // of the segment, in row `batch`
+  int batch, n, head, segment, slot, chunks, v0;  // slot: of the first chunk
 };
 
 template <class E_, int kK_>
@@ -61,7 +61,8 @@ struct StatesCta {
   }
 
   __device__ Stage stage(int i) const {
-    uint32_t at = shared_address(memory) + i * stage_bytes(groups);
+    // whole units of 1024 bytes, which the compiler cannot know
+    uint32_t at = (shared_address(memory) + i * stage_bytes(groups)) & ~1023u;
     const auto take = [&](int bytes) { return at += bytes, at - bytes; };
     Stage s;
     s.q.base = take(Keys::kBytes), s.k.base = take(Keys::kBytes);
