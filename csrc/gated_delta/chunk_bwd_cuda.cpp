@@ -27,9 +27,16 @@ void run(const ChunkBwdCuda& p, void* stream) {
   const DType dtype = in.q.dtype;
   const bool tma = tma_loads(tma_keys(in, in.q)) && tma_loads(tma_keys(in, in.k)) &&
                    tma_loads(tma_values(in, p.d_o));
-  if (in.N)
-    check(choose(dtype, tma, chunk_bwd_states_f32, chunk_bwd_states_bf16, chunk_bwd_states_f16,
-                 chunk_bwd_states_bf16_sm90, chunk_bwd_states_f16_sm90)(p, stream));
+  const Kernel states =
+      choose(dtype, tma, chunk_bwd_states_f32, chunk_bwd_states_bf16, chunk_bwd_states_f16,
+             chunk_bwd_states_bf16_sm90, chunk_bwd_states_f16_sm90);
+  if (in.N && p.segments > 1) {
+    ChunkBwdCuda first = p;
+    first.summary = true;
+    check(states(first, stream));
+    check(chunk_bwd_scan(p, stream));
+  }
+  if (in.N) check(states(p, stream));
   if (in.slots())
     check(choose(dtype, true, chunk_bwd_chunks_f32, chunk_bwd_chunks_bf16, chunk_bwd_chunks_f16,
                  chunk_bwd_chunks_bf16_sm90, chunk_bwd_chunks_f16_sm90)(p, stream));
@@ -85,7 +92,7 @@ Gradients bwd(const Tensor& d_o_, const OptTensor& d_final_state_, const OptTens
               const Tensor& beta, const OptTensor& initial_state, const OptTensor& cu_seqlens,
               const OptTensor& A_log, const OptTensor& dt_bias, double scale, bool l2norm,
               double sigmoid_scale, bool state_v_first, int64_t /*chunk_size*/, bool high_precision,
-              int64_t /*split*/, bool /*batch_invariant*/) {
+              int64_t split, bool /*batch_invariant*/) {
   const ChunkTensors t = chunk_tensors(q, k, v, g, beta, initial_state, cu_seqlens, A_log, dt_bias,
                                        scale, l2norm, sigmoid_scale, state_v_first);
   const ChunkCuda& in = t.args;
@@ -109,6 +116,8 @@ Gradients bwd(const Tensor& d_o_, const OptTensor& d_final_state_, const OptTens
   };
   const Tensor A_parts = partial(A_log), dt_parts = partial(dt_bias);
   const Tensor dstates = empty(q, {slots, HV, state_elements(in)});
+  const int64_t segments = split > 0 ? 4 : 1, summary = (pad64(K) + pad64(V)) * pad64(K);
+  const Tensor summaries = floats({segments > 1 ? in.N * segments : 0, HV, summary});
 
   if (HV) {
     const FromForward from = from_forward(t, saved, high_precision);
@@ -124,9 +133,10 @@ Gradients bwd(const Tensor& d_o_, const OptTensor& d_final_state_, const OptTens
     if (A_log) p.dA_log = static_cast<double*>(A_parts.mutable_data_ptr());
     if (dt_bias) p.ddt_bias = static_cast<double*>(dt_parts.mutable_data_ptr());
     p.dA_log_sum = at(dA_log, !!A_log), p.ddt_bias_sum = at(ddt_bias, !!dt_bias);
+    p.segments = int(segments), p.summaries = at(summaries, segments > 1);
     Launch launch(t.q, t.k, t.v, t.g, t.beta, t.cu_seqlens, t.A_log, t.dt_bias, d_o, d_final_state,
-                  from.inverses, from.states, dstates, dq, dk, dv, dg, dbeta, dh0, dA_log, ddt_bias,
-                  A_parts, dt_parts);
+                  summaries, from.inverses, from.states, dstates, dq, dk, dv, dg, dbeta, dh0,
+                  dA_log, ddt_bias, A_parts, dt_parts);
     run(p, launch.stream());
     if (cu_seqlens) zero_tail(p, launch.stream());
     launch.check();

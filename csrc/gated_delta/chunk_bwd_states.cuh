@@ -186,6 +186,21 @@ __device__ inline void output_gradients(const C& c, int stage, int group, int ch
   to_fragment(X, dU);
 }
 
+// dS += a b. Without wgmma in parts of 64 columns, so that not too much of b is loaded ahead.
+template <class M, class E, int kC, int kN>
+__device__ inline void add_product(float (&dS)[kN][4], const Fragment<E, kC>& a,
+                                   Operand<E, Major::mn> b) {
+  if constexpr (M::kAsync) {
+    M::template mma<8 * kN, kC>(dS, a, b);
+  } else {
+#pragma unroll
+    for (int n = 0; n < kN; n += 8) {
+      M::template mma<64, kC>(reinterpret_cast<float(&)[8][4]>(dS[n]), a, b.from(0, 8 * n));
+      __syncwarp();
+    }
+  }
+}
+
 // One chunk of one V tile: dS of the state that leaves becomes that of the state that entered.
 template <class M, class C>
 __device__ inline void step_back(const C& c, int stage, int group, int chunk,
@@ -211,7 +226,7 @@ __device__ inline void step_back(const C& c, int stage, int group, int chunk,
 #pragma unroll
     for (int i = 0; i < 4; ++i) dS[n][i] *= f.decay;
   M::begin(dS, b);
-  M::template mma<kK, kC>(dS, b, tiles.q.along_mn());
+  add_product<M>(dS, b, tiles.q.along_mn());
   M::commit();
   M::template wait<1>(dW, a);
 
@@ -223,7 +238,7 @@ __device__ inline void step_back(const C& c, int stage, int group, int chunk,
   scale_tokens(dW, f.w);
   to_fragment(dW, a);
   M::begin(a);
-  M::template mma<kK, kC>(dS, a, tiles.k.along_mn());
+  add_product<M>(dS, a, tiles.k.along_mn());
   M::commit();
   M::template wait<0>(dS, a, b);
 }

@@ -34,8 +34,8 @@ template <class E_, int kK_>
 struct StatesCta {
   using E = E_;
   static constexpr int kC = sizeof(E) == 2 ? 64 : 32, kK = kK_;
-  static constexpr int kParts = sizeof(E) == 2 ? 2 : 1;    // of T'
-  static constexpr int kMaxGroups = kK > 128 ? 1 : 2;      // state warpgroups
+  static constexpr int kParts = sizeof(E) == 2 ? 2 : 1;                 // of T'
+  static constexpr int kMaxGroups = kK * int(sizeof(E)) > 256 ? 1 : 2;  // state warpgroups
   static constexpr int kThreads = 128 * (kMaxGroups + 1);  // and one that prepares chunks
   using Keys = Tile<E, kC, kK>;
   using Values = Tile<E, kC, 64>;
