@@ -2,12 +2,13 @@
 //   states  sequential over the chunks of a value head: dv, dstates, d_initial_state
 //   chunks  all chunks side by side: dq, dk, dg, dbeta and partial sums for A_log and dt_bias
 //   sums    the partial sums of all chunks, in their order
-// A chain may be cut into segments of whole chunks that run side by side (2.7): with `summary`,
-// `states` leaves of each what it makes of dS = 0, dH, and M of dS^T_in = dS^T_out M + dH^T; `scan`
-// makes the dS that leaves each segment of them; then `states` starts from these.
-// Outputs are contiguous. Tokens behind the last sequence get gradients of zero.
+// Chains may be cut into segments (chunk_segments.h), from the last to the first: with `summary`,
+// `states` leaves of each, in rows of V, dH^T and, in rows of K, M of dS^T_in = dS^T_out M + dH^T
+// (the last segment's dH is made with d_final_state); the scan makes of them the dS that leaves
+// each segment, from which `states` then starts. Outputs are contiguous. Tokens behind the last
+// sequence get gradients of zero.
 #pragma once
-#include "gated_delta/chunk_cuda.h"
+#include "gated_delta/chunk_segments.h"
 
 namespace df {
 struct ChunkBwdCuda {
@@ -21,8 +22,7 @@ struct ChunkBwdCuda {
   float* d_initial_state;      // as d_final_state; may be null
   double *dA_log, *ddt_bias;   // [slots,HV], a partial sum each; may be null
   float *dA_log_sum, *ddt_bias_sum;  // [HV]; null with the partial sums
-  int segments;                      // of a sequence, at most; 1: none are cut
-  float* summaries;                  // [N,segments,HV,Vp + Kp,Kp]: rows of dH^T, then of M
+  Segments segments;
   bool summary;
 };
 
@@ -40,6 +40,5 @@ int chunk_bwd_chunks_f16(const ChunkBwdCuda& args, void* stream);
 [[gnu::weak]] int chunk_bwd_chunks_bf16_sm90(const ChunkBwdCuda& args, void* stream);
 [[gnu::weak]] int chunk_bwd_chunks_f16_sm90(const ChunkBwdCuda& args, void* stream);
 
-int chunk_bwd_scan(const ChunkBwdCuda& args, void* stream);
 void chunk_bwd_sums(const ChunkBwdCuda& args, void* stream);
 }  // namespace df

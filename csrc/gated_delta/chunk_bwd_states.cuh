@@ -122,18 +122,23 @@ __device__ inline void store_tokens(const float (&c)[kN][4], E* to, int64_t stri
   }
 }
 
-// What a summary of a segment holds: rows of dH^T, then of M.
+// The summary of a segment: a state [rows, Kp] of dH^T, of M behind it, and this V tile's row in
+// it.
+struct StatesSummary {
+  float* state;
+  ChunkShape shape;
+  int row;
+};
 template <class C>
-__device__ inline ChunkShape summary_shape(const C& c) {
-  ChunkShape s = c.p.in.shape;
-  s.K = pad64(s.K), s.V = pad64(s.V) + s.K;
+__device__ inline StatesSummary summary_of(const C& c, int v0) {
+  const int64_t K = pad64(c.p.in.shape.K), V = pad64(c.p.in.shape.V), HV = c.p.in.shape.HV;
+  const bool of_V = v0 < V;
+  StatesSummary s;
+  s.shape.K = K, s.shape.V = of_V ? V : K;
+  s.row = of_V ? v0 : v0 - int(V);
+  s.state = (of_V ? c.p.segments.states : c.p.segments.transitions) +
+            (c.walk().segment * HV + c.walk().head) * s.shape.V * K;
   return s;
-}
-template <class C>
-__device__ inline float* summary(const C& c) {
-  const ChunkShape s = summary_shape(c);
-  const int64_t segment = int64_t(c.item().n) * c.p.segments + c.item().segment;
-  return c.p.summaries + (segment * s.HV + c.item().head) * s.V * s.K;
 }
 
 // beta o dU^T = beta o (del o (dS^T K^T) + dO^T P) of one V tile, as an operand A; leaves dS
@@ -148,7 +153,7 @@ __device__ inline void output_gradients(const C& c, int stage, int group, int ch
   const auto tiles = c.stage(stage);
   const auto& f = c.factors(stage);
   const int Kp = (int(c.p.in.shape.K) + 63) & ~63;
-  E* const to = c.kept(c.p.dstates, chunk) + (c.item().v0 + 64 * group) * Kp;
+  E* const to = c.kept(c.p.dstates, chunk) + (c.walk().v0 + 64 * group) * Kp;
   Accumulator<kC> X, Y;
   Fragment<E, kC> dO;
   clear<kC>(X), clear<kC>(Y);
@@ -231,9 +236,10 @@ __device__ inline void step_back(const C& c, int stage, int group, int chunk,
   M::template wait<1>(dW, a);
 
   const ChunkShape& s = c.p.in.shape;
-  const int v0 = c.item().v0 + 64 * group;
+  const int v0 = c.walk().v0 + 64 * group;
   E* const to = static_cast<E*>(c.p.dv) +
-                ((c.item().batch * s.T + c.first(chunk)) * s.HV + c.item().head) * s.V + v0;
+                ((c.walk().sequence.batch * s.T + c.first(chunk)) * s.HV + c.walk().head) * s.V +
+                v0;
   if (!c.p.summary) store_tokens(dW, to, s.HV * s.V, c.rows(chunk), int(s.V) - v0);
   scale_tokens(dW, f.w);
   to_fragment(dW, a);
@@ -305,8 +311,8 @@ __device__ inline void prepare(const C& c, int stage, int chunk, int thread) {
 template <class M, class C>
 __device__ inline void request(const C& c, const StatesMaps<M::kAsync>& maps, bool vectors,
                                int step, int stage, int phase, int thread) {
-  if (step >= c.item().chunks || (M::kAsync && thread)) return;
-  const int chunk = c.item().chunks - 1 - step;
+  if (step >= c.walk().chunks || (M::kAsync && thread)) return;
+  const int chunk = c.walk().chunks - 1 - step;
   if (step >= c.stages) mbarrier_wait(c.empty(stage), phase ^ 1);
   if constexpr (M::kAsync) {
     load_stage(c, maps, chunk, stage);
@@ -322,14 +328,15 @@ __device__ inline void prepare_all(const C& c, const StatesMaps<M::kAsync>& maps
   const int ahead = c.stages > 2 ? 1 : 0;
   StatesRing ring{c.stages}, requested{c.stages};
 #pragma unroll 1
-  for (int step = -ahead; step < c.item().chunks; ++step) {
+  for (int step = -ahead; step < c.walk().chunks; ++step) {
     const int thread = thread_anew() % 128;
     request<M>(c, maps, vectors, step + ahead, requested.stage, requested.phase, thread);
     requested.next();
     if (step < 0) continue;
-    const int chunk = c.item().chunks - 1 - step;
+    const int chunk = c.walk().chunks - 1 - step;
     if (thread < 32)
-      load_tokens(c.p.in, c.item().batch, c.first(chunk), c.rows(chunk), c.item().head, c.tokens());
+      load_tokens(c.p.in, c.walk().sequence.batch, c.first(chunk), c.rows(chunk), c.walk().head,
+                  c.tokens());
     mbarrier_wait(c.loaded(ring.stage), ring.phase);
     prepare<M>(c, ring.stage, chunk, thread);
     __syncwarp();
@@ -339,29 +346,40 @@ __device__ inline void prepare_all(const C& c, const StatesMaps<M::kAsync>& maps
   }
 }
 
-// A summary starts from zero rows, and behind those of V from the identity, whose rows become M.
-template <class M, class C>
-__device__ inline void walk_back(const C& c, int group) {
-  Accumulator<C::kK> dS;
-  clear<C::kK>(dS);
-  const int v0 = c.item().v0 + 64 * group;
-  const bool cut = c.p.segments > 1;
+template <class C>
+__device__ inline float* state_of(const C& c, float* states) {
   const ChunkShape& s = c.p.in.shape;
-  const int64_t state = (c.item().n * s.HV + c.item().head) * s.K * s.V;
-  if (c.p.summary) {
-    const int behind = v0 - int(pad64(s.V));
+  return states + (c.walk().n * s.HV + c.walk().head) * s.K * s.V;
+}
+
+// dS^T that leaves the chain or its segment. A summary starts from zero, the rows of M from the
+// identity.
+template <class C>
+__device__ inline void load_leaving(const C& c, int v0, float (&dS)[C::kK / 8][4]) {
+  const int behind = v0 - int(pad64(c.p.in.shape.V));
+  if (behind >= 0) {
 #pragma unroll
     for (int n = 0; n < C::kK / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) dS[n][i] = behind + fragment_row(i) == fragment_col(n, i);
-  } else if (c.p.segments > 1) {
-    load_state(summary(c), true, summary_shape(c), v0, dS);
-  } else if (c.p.d_final_state) {
-    load_state(c.p.d_final_state + state, c.p.in.state_v_first, s, v0, dS);
+  } else if (c.walk().last) {
+    if (c.p.d_final_state)
+      load_state(state_of(c, const_cast<float*>(c.p.d_final_state)), c.p.in.state_v_first,
+                 c.p.in.shape, v0, dS);
+  } else if (!c.p.summary) {
+    const StatesSummary s = summary_of(c, v0);
+    load_state(s.state, true, s.shape, s.row, dS);
   }
+}
+
+template <class M, class C>
+__device__ inline void walk_back(const C& c, int group) {
+  Accumulator<C::kK> dS;
+  clear<C::kK>(dS);
+  load_leaving(c, c.walk().v0 + 64 * group, dS);
   StatesRing ring{c.stages};
 #pragma unroll 1
-  for (int chunk = c.item().chunks - 1; chunk >= 0; --chunk) {
+  for (int chunk = c.walk().chunks - 1; chunk >= 0; --chunk) {
     mbarrier_wait(c.loaded(ring.stage), ring.phase);
     mbarrier_wait(c.ready(ring.stage), ring.phase);
     step_back<M>(c, ring.stage, anew(group), chunk, dS);
@@ -369,35 +387,13 @@ __device__ inline void walk_back(const C& c, int group) {
     if (threadIdx.x % 32 == 0) mbarrier_arrive(c.empty(ring.stage));
     ring.next();
   }
-  if (c.p.summary)
-    store_state(summary(c), true, summary_shape(c), c.item().v0 + 64 * group, dS);
-  else if (c.p.d_initial_state && c.item().segment == 0)
-    store_state(c.p.d_initial_state + (c.item().n * s.HV + c.item().head) * s.K * s.V,
-                c.p.in.state_v_first, s, c.item().v0 + 64 * group, dS);
-}
-
-// Blocks are numbered by tiles of V (of a summary: rows of V and K), then heads, segments,
-// sequences.
-template <int kC>
-__device__ inline StatesItem states_item(const ChunkBwdCuda& p, int groups) {
-  const ChunkShape& s = p.in.shape;
-  const int rows = int(pad64(s.V) + (p.summary ? pad64(s.K) : 0));
-  const int tiles = rows / 64 / groups, HV = int(s.HV), chain = int(blockIdx.x) / tiles;
-  const int segment = chain / HV % p.segments, n = chain / HV / p.segments;
-  const Span span = sequence_span(p.in, n);
-  const int chunks = int((span.end - span.begin + kC - 1) / kC);
-  const int each = (chunks + p.segments - 1) / p.segments, first = segment * each;
-  const int left = chunks - first, own = left < 0 ? 0 : left < each ? left : each;
-  const int64_t begin = span.begin + int64_t(first) * kC, end = begin + int64_t(own) * kC;
-  return {begin,
-          end < span.end ? end : span.end,
-          int(span.batch),
-          n,
-          chain % HV,
-          segment,
-          int(span.slot) + first,
-          own,
-          int(blockIdx.x) % tiles * 64 * groups};
+  const int v0 = c.walk().v0 + 64 * group;
+  if (c.p.summary) {
+    const StatesSummary s = summary_of(c, v0);
+    store_state(s.state, true, s.shape, s.row, dS);
+  } else if (c.p.d_initial_state && c.walk().first) {
+    store_state(state_of(c, c.p.d_initial_state), c.p.in.state_v_first, c.p.in.shape, v0, dS);
+  }
 }
 
 template <class M, class C>
@@ -407,8 +403,9 @@ __global__ void __launch_bounds__(C::kThreads, 1)
                             int stages, bool vectors) {
   extern __shared__ __align__(1024) char memory[];
   const C c{p, groups, stages, memory};
+  const int rows = int(pad64(p.in.shape.V) + (p.summary ? pad64(p.in.shape.K) : 0));
   if (threadIdx.x == 0) {
-    c.item() = states_item<C::kC>(p, groups);
+    c.walk() = walk_of<C::kC>(p.in, p.segments.chunks, blockIdx.x, rows / 64 / groups, 64 * groups);
     if (shared_address(memory) % 1024) __trap();
     for (int i = 0; i < stages; ++i) {
       mbarrier_init(c.loaded(i), M::kAsync ? 1 : 128);
@@ -420,6 +417,10 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 #endif
   }
   __syncthreads();
+  // a slot without tokens; of a summary, nothing asks for what the first segment makes of dS, nor
+  // for the last one's M
+  const Walk& w = c.walk();
+  if (w.chunks < 0 || (p.summary && (w.first || (w.last && w.v0 >= pad64(p.in.shape.V))))) return;
   const int group = threadIdx.x / 128;
 #if __CUDA_ARCH__ >= 900
   if constexpr (M::kAsync && C::kMaxGroups == 2) {  // 168 registers a thread at the start
@@ -446,7 +447,8 @@ int chunk_bwd_states_launch(const ChunkBwdCuda& p, const StatesMaps<M::kAsync>& 
   cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
   const ChunkShape& s = p.in.shape;
-  const int64_t chains = p.in.N * p.segments * s.HV;
+  const int64_t length = p.segments.chunks;
+  const int64_t chains = (length ? segment_slots(p.in, length) : p.in.N) * s.HV;
   const int64_t tiles = (pad64(s.V) + (p.summary ? pad64(s.K) : 0)) / 64;
   const int groups = C::kMaxGroups == 2 && tiles % 2 == 0 && chains * tiles / 2 >= sms ? 2 : 1;
   int stages = 3;
