@@ -183,6 +183,39 @@ def test_nan_stays_in_its_sequence_and_group(emulated, dtype):
     assert torch.equal(result["dinitial_state"][1, :2], clean["dinitial_state"][1, :2])
 
 
+SEGMENTS = {
+    "even": Case(B=2, T=256, HV=2, K=64, V=64),
+    "packed": Case(T=400, HV=1, K=33, V=72, lengths=(200, 0, 1, 130, 64), dht=False),
+    "K256": Case(T=150, HV=1, K=256, V=32),
+}
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("name", SEGMENTS)
+def test_segments_side_by_side_change_rounding_only(emulated, name, dtype):
+    """Without decay, which would hide errors, and with keys longer than one."""
+    case = SEGMENTS[name]
+    x = make(case, dtype)
+    x = replaced(
+        x,
+        g=torch.zeros_like(x["g"]),
+        k=3 * x["k"].detach(),
+        beta=0.2 * x["beta"].detach(),
+    )
+    whole = gradients(x, case.dht, auto_cp=False)
+    cut = gradients(x, case.dht, auto_cp=True)
+    assert any(not torch.equal(whole[key], cut[key]) for key in ("dv", "dk"))
+    for key, value in whole.items():
+        assert_close(key, cut[key], value, 1e-5 if dtype == F32 else 4e-3)
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_segments_in_every_mode(emulated_with, mode):
+    x = make(Case(T=200, HV=1, K=64, V=64), BF16, fused=True)
+    with emulated_with(**mode):
+        compare(x, 2, auto_cp=True, **FUSED)
+
+
 def test_states_without_tokens(emulated):
     for case in (Case(T=0, HV=2, K=16, V=16), Case(T=4, HV=2, K=16, V=16, lengths=(0, 0))):
         x = make(case, BF16, fused=True)

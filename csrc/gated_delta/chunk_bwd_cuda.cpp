@@ -27,9 +27,16 @@ void run(const ChunkBwdCuda& p, void* stream) {
   const DType dtype = in.q.dtype;
   const bool tma = tma_loads(tma_keys(in, in.q)) && tma_loads(tma_keys(in, in.k)) &&
                    tma_loads(tma_values(in, p.d_o));
-  if (in.N)
-    check(choose(dtype, tma, chunk_bwd_states_f32, chunk_bwd_states_bf16, chunk_bwd_states_f16,
-                 chunk_bwd_states_bf16_sm90, chunk_bwd_states_f16_sm90)(p, stream));
+  const Kernel states =
+      choose(dtype, tma, chunk_bwd_states_f32, chunk_bwd_states_bf16, chunk_bwd_states_f16,
+             chunk_bwd_states_bf16_sm90, chunk_bwd_states_f16_sm90);
+  if (in.N && p.segments.chunks) {
+    ChunkBwdCuda first = p;
+    first.summary = true;
+    check(states(first, stream));
+    chunk_scan_cuda({in, p.segments, true}, stream);
+  }
+  if (in.N) check(states(p, stream));
   if (in.slots())
     check(choose(dtype, true, chunk_bwd_chunks_f32, chunk_bwd_chunks_bf16, chunk_bwd_chunks_f16,
                  chunk_bwd_chunks_bf16_sm90, chunk_bwd_chunks_f16_sm90)(p, stream));
@@ -41,7 +48,8 @@ struct FromForward {
   Tensor inverses, states;
   Saved parts;
 };
-FromForward from_forward(const ChunkTensors& t, const OptTensor& saved, bool high_precision) {
+FromForward from_forward(const ChunkTensors& t, const OptTensor& saved, bool high_precision,
+                         const Segments& segments, const Tensor& room) {
   const ChunkCuda& in = t.args;
   const int64_t rows = in.slots() * in.shape.HV, inverse = inverse_elements(in);
   const int64_t state = state_elements(in), kept = saved && rows ? saved->numel() / rows : 0;
@@ -58,9 +66,9 @@ FromForward from_forward(const ChunkTensors& t, const OptTensor& saved, bool hig
   p.initial_state = static_cast<const float*>(data(t.initial_state));
   if (!saved) p.inverse = from.parts.inverse;
   p.states = from.parts.states;
-  p.high_precision = high_precision;
+  p.high_precision = high_precision, p.segments = segments;  // the same bits as before
   Launch launch(t.q, t.k, t.v, t.g, t.beta, t.initial_state, t.cu_seqlens, t.A_log, t.dt_bias,
-                from.inverses, from.states);
+                from.inverses, from.states, room);
   chunk_fwd_run(p, launch.stream());
   launch.check();
   return from;
@@ -85,7 +93,7 @@ Gradients bwd(const Tensor& d_o_, const OptTensor& d_final_state_, const OptTens
               const Tensor& beta, const OptTensor& initial_state, const OptTensor& cu_seqlens,
               const OptTensor& A_log, const OptTensor& dt_bias, double scale, bool l2norm,
               double sigmoid_scale, bool state_v_first, int64_t /*chunk_size*/, bool high_precision,
-              int64_t /*split*/, bool /*batch_invariant*/) {
+              int64_t split, bool batch_invariant) {
   const ChunkTensors t = chunk_tensors(q, k, v, g, beta, initial_state, cu_seqlens, A_log, dt_bias,
                                        scale, l2norm, sigmoid_scale, state_v_first);
   const ChunkCuda& in = t.args;
@@ -109,13 +117,17 @@ Gradients bwd(const Tensor& d_o_, const OptTensor& d_final_state_, const OptTens
   };
   const Tensor A_parts = partial(A_log), dt_parts = partial(dt_bias);
   const Tensor dstates = empty(q, {slots, HV, state_elements(in)});
+  const int64_t segment = HV ? segment_chunks(in, split, batch_invariant) : 0;
+  const int64_t segments = segment ? segment_slots(in, segment) : 0;
+  const Tensor room = floats({segments * HV * segment_bytes(in) / 4});
 
   if (HV) {
-    const FromForward from = from_forward(t, saved, high_precision);
+    ChunkBwdCuda p{in, input(d_o)};
+    if (segment) p.segments = segment_room(in, segment, room.mutable_data_ptr());
+    const FromForward from = from_forward(t, saved, high_precision, p.segments, room);
     const auto at = [](const Tensor& x, bool wanted) {
       return wanted ? static_cast<float*>(x.mutable_data_ptr()) : nullptr;
     };
-    ChunkBwdCuda p{in, input(d_o)};
     p.d_final_state = d_final_state ? static_cast<const float*>(data(*d_final_state)) : nullptr;
     p.inverse = from.parts.inverse, p.states = from.parts.states;
     p.dstates = {dstates.mutable_data_ptr(), HV * state_elements(in), state_elements(in)};
@@ -125,8 +137,8 @@ Gradients bwd(const Tensor& d_o_, const OptTensor& d_final_state_, const OptTens
     if (dt_bias) p.ddt_bias = static_cast<double*>(dt_parts.mutable_data_ptr());
     p.dA_log_sum = at(dA_log, !!A_log), p.ddt_bias_sum = at(ddt_bias, !!dt_bias);
     Launch launch(t.q, t.k, t.v, t.g, t.beta, t.cu_seqlens, t.A_log, t.dt_bias, d_o, d_final_state,
-                  from.inverses, from.states, dstates, dq, dk, dv, dg, dbeta, dh0, dA_log, ddt_bias,
-                  A_parts, dt_parts);
+                  room, from.inverses, from.states, dstates, dq, dk, dv, dg, dbeta, dh0, dA_log,
+                  ddt_bias, A_parts, dt_parts);
     run(p, launch.stream());
     if (cu_seqlens) zero_tail(p, launch.stream());
     launch.check();

@@ -2,9 +2,13 @@
 //   states  sequential over the chunks of a value head: dv, dstates, d_initial_state
 //   chunks  all chunks side by side: dq, dk, dg, dbeta and partial sums for A_log and dt_bias
 //   sums    the partial sums of all chunks, in their order
-// Outputs are contiguous. Tokens behind the last sequence get gradients of zero.
+// Chains may be cut into segments (chunk_segments.h), from the last to the first: with `summary`,
+// `states` leaves of each, in rows of V, dH^T and, in rows of K, M of dS^T_in = dS^T_out M + dH^T
+// (the last segment's dH is made with d_final_state); the scan makes of them the dS that leaves
+// each segment, from which `states` then starts. Outputs are contiguous. Tokens behind the last
+// sequence get gradients of zero.
 #pragma once
-#include "gated_delta/chunk_cuda.h"
+#include "gated_delta/chunk_segments.h"
 
 namespace df {
 struct ChunkBwdCuda {
@@ -18,6 +22,8 @@ struct ChunkBwdCuda {
   float* d_initial_state;      // as d_final_state; may be null
   double *dA_log, *ddt_bias;   // [slots,HV], a partial sum each; may be null
   float *dA_log_sum, *ddt_bias_sum;  // [HV]; null with the partial sums
+  Segments segments;
+  bool summary;
 };
 
 // Of 16-bit types: on mma.sync, and on wgmma (null in a build without sm_90a); `states` there needs

@@ -18,16 +18,10 @@
 // Bytes a chunk of V columns and C = 64: 2 (2 K + 2 V) C + 4 C^2 in; 2 C V + 2 K V out.
 // FLOPs 2 C V (3 K + 3 C) + 2 C^2 K. Bound by the chain's latency, below 110 chains by it alone.
 #pragma once
-#include "common/cuda/transpose.cuh"
 #include "gated_delta/chunk_bwd_states_cta.cuh"
+#include "gated_delta/chunk_state.cuh"
 
 namespace df::cuda {
-// What follows from the result is computed again in every round of a loop, not kept in registers.
-__device__ inline int opaque(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-
 // ---- products' operands and results by columns, which are tokens
 __device__ inline float2 column_pair(const float* x, int n) {
   return *reinterpret_cast<const float2*>(x + fragment_col(n, 0));
@@ -117,7 +111,7 @@ __device__ inline void store_tokens(const float (&c)[kN][4], E* to, int64_t stri
       }
     }
   } else {
-    const int row = opaque(fragment_col(0, 0)), col = fragment_row(0);
+    const int row = anew(fragment_col(0, 0)), col = fragment_row(0);
     float* at = to + row * stride + col;
 #pragma unroll
     for (int n = 0; n < kN; ++n, at += 8 * stride)
@@ -128,22 +122,23 @@ __device__ inline void store_tokens(const float (&c)[kN][4], E* to, int64_t stri
   }
 }
 
-// fn(element of the state of this sequence and head, element of dS^T) for all that exist.
-template <class C, class Float, class Fn>
-__device__ inline void each_state_element(const C& c, int group, Float* state,
-                                          float (&dS)[C::kK / 8][4], Fn fn) {
-  const ChunkShape& s = c.p.in.shape;
-  const int K = int(s.K), V = int(s.V), v0 = c.item().v0 + 64 * group;
-  Float* const base = state + (c.item().n * s.HV + c.item().head) * s.K * s.V;
-  const int row = c.p.in.state_v_first ? K : 1, col = c.p.in.state_v_first ? 1 : V;
-  const int k = fragment_col(0, 0), v = v0 + fragment_row(0);
-  int at = v * row + k * col;  // opaque: one sum a column, not an address for each
-#pragma unroll
-  for (int n = 0; n < C::kK / 8; ++n, at = opaque(at + 8 * col))
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (v + i / 2 * 8 < V && k + 8 * n + i % 2 < K)
-        fn(base + (at + i / 2 * 8 * row + i % 2 * col), dS[n][i]);
+// The summary of a segment: a state [rows, Kp] of dH^T, of M behind it, and this V tile's row in
+// it.
+struct StatesSummary {
+  float* state;
+  ChunkShape shape;
+  int row;
+};
+template <class C>
+__device__ inline StatesSummary summary_of(const C& c, int v0) {
+  const int64_t K = pad64(c.p.in.shape.K), V = pad64(c.p.in.shape.V), HV = c.p.in.shape.HV;
+  const bool of_V = v0 < V;
+  StatesSummary s;
+  s.shape.K = K, s.shape.V = of_V ? V : K;
+  s.row = of_V ? v0 : v0 - int(V);
+  s.state = (of_V ? c.p.segments.states : c.p.segments.transitions) +
+            (c.walk().segment * HV + c.walk().head) * s.shape.V * K;
+  return s;
 }
 
 // beta o dU^T = beta o (del o (dS^T K^T) + dO^T P) of one V tile, as an operand A; leaves dS
@@ -158,7 +153,7 @@ __device__ inline void output_gradients(const C& c, int stage, int group, int ch
   const auto tiles = c.stage(stage);
   const auto& f = c.factors(stage);
   const int Kp = (int(c.p.in.shape.K) + 63) & ~63;
-  E* const to = c.kept(c.p.dstates, chunk) + (c.item().v0 + 64 * group) * Kp;
+  E* const to = c.kept(c.p.dstates, chunk) + (c.walk().v0 + 64 * group) * Kp;
   Accumulator<kC> X, Y;
   Fragment<E, kC> dO;
   clear<kC>(X), clear<kC>(Y);
@@ -175,7 +170,7 @@ __device__ inline void output_gradients(const C& c, int stage, int group, int ch
     }
     M::template mma<kC, kSlice>(X, part, tiles.k.along_k().from(0, k));
     M::commit();
-    store_state_rows(part, to + k, Kp, Kp - k);
+    if (!c.p.summary) store_state_rows(part, to + k, Kp, Kp - k);
     M::template wait<0>(X, part);
   }
   scale_tokens(X, f.k);
@@ -194,6 +189,21 @@ __device__ inline void output_gradients(const C& c, int stage, int group, int ch
   }
   scale_tokens(X, f.beta);
   to_fragment(X, dU);
+}
+
+// dS += a b. Without wgmma in parts of 64 columns, so that not too much of b is loaded ahead.
+template <class M, class E, int kC, int kN>
+__device__ inline void add_product(float (&dS)[kN][4], const Fragment<E, kC>& a,
+                                   Operand<E, Major::mn> b) {
+  if constexpr (M::kAsync) {
+    M::template mma<8 * kN, kC>(dS, a, b);
+  } else {
+#pragma unroll
+    for (int n = 0; n < kN; n += 8) {
+      M::template mma<64, kC>(reinterpret_cast<float(&)[8][4]>(dS[n]), a, b.from(0, 8 * n));
+      __syncwarp();
+    }
+  }
 }
 
 // One chunk of one V tile: dS of the state that leaves becomes that of the state that entered.
@@ -221,19 +231,20 @@ __device__ inline void step_back(const C& c, int stage, int group, int chunk,
 #pragma unroll
     for (int i = 0; i < 4; ++i) dS[n][i] *= f.decay;
   M::begin(dS, b);
-  M::template mma<kK, kC>(dS, b, tiles.q.along_mn());
+  add_product<M>(dS, b, tiles.q.along_mn());
   M::commit();
   M::template wait<1>(dW, a);
 
   const ChunkShape& s = c.p.in.shape;
-  const int v0 = c.item().v0 + 64 * group;
+  const int v0 = c.walk().v0 + 64 * group;
   E* const to = static_cast<E*>(c.p.dv) +
-                ((c.item().batch * s.T + c.first(chunk)) * s.HV + c.item().head) * s.V + v0;
-  store_tokens(dW, to, s.HV * s.V, c.rows(chunk), int(s.V) - v0);
+                ((c.walk().sequence.batch * s.T + c.first(chunk)) * s.HV + c.walk().head) * s.V +
+                v0;
+  if (!c.p.summary) store_tokens(dW, to, s.HV * s.V, c.rows(chunk), int(s.V) - v0);
   scale_tokens(dW, f.w);
   to_fragment(dW, a);
   M::begin(a);
-  M::template mma<kK, kC>(dS, a, tiles.k.along_mn());
+  add_product<M>(dS, a, tiles.k.along_mn());
   M::commit();
   M::template wait<0>(dS, a, b);
 }
@@ -300,8 +311,8 @@ __device__ inline void prepare(const C& c, int stage, int chunk, int thread) {
 template <class M, class C>
 __device__ inline void request(const C& c, const StatesMaps<M::kAsync>& maps, bool vectors,
                                int step, int stage, int phase, int thread) {
-  if (step >= c.item().chunks || (M::kAsync && thread)) return;
-  const int chunk = c.item().chunks - 1 - step;
+  if (step >= c.walk().chunks || (M::kAsync && thread)) return;
+  const int chunk = c.walk().chunks - 1 - step;
   if (step >= c.stages) mbarrier_wait(c.empty(stage), phase ^ 1);
   if constexpr (M::kAsync) {
     load_stage(c, maps, chunk, stage);
@@ -317,14 +328,15 @@ __device__ inline void prepare_all(const C& c, const StatesMaps<M::kAsync>& maps
   const int ahead = c.stages > 2 ? 1 : 0;
   StatesRing ring{c.stages}, requested{c.stages};
 #pragma unroll 1
-  for (int step = -ahead; step < c.item().chunks; ++step) {
-    const int thread = opaque(threadIdx.x % 128);
+  for (int step = -ahead; step < c.walk().chunks; ++step) {
+    const int thread = thread_anew() % 128;
     request<M>(c, maps, vectors, step + ahead, requested.stage, requested.phase, thread);
     requested.next();
     if (step < 0) continue;
-    const int chunk = c.item().chunks - 1 - step;
+    const int chunk = c.walk().chunks - 1 - step;
     if (thread < 32)
-      load_tokens(c.p.in, c.item().batch, c.first(chunk), c.rows(chunk), c.item().head, c.tokens());
+      load_tokens(c.p.in, c.walk().sequence.batch, c.first(chunk), c.rows(chunk), c.walk().head,
+                  c.tokens());
     mbarrier_wait(c.loaded(ring.stage), ring.phase);
     prepare<M>(c, ring.stage, chunk, thread);
     __syncwarp();
@@ -334,40 +346,54 @@ __device__ inline void prepare_all(const C& c, const StatesMaps<M::kAsync>& maps
   }
 }
 
+template <class C>
+__device__ inline float* state_of(const C& c, float* states) {
+  const ChunkShape& s = c.p.in.shape;
+  return states + (c.walk().n * s.HV + c.walk().head) * s.K * s.V;
+}
+
+// dS^T that leaves the chain or its segment. A summary starts from zero, the rows of M from the
+// identity.
+template <class C>
+__device__ inline void load_leaving(const C& c, int v0, float (&dS)[C::kK / 8][4]) {
+  const int behind = v0 - int(pad64(c.p.in.shape.V));
+  if (behind >= 0) {
+#pragma unroll
+    for (int n = 0; n < C::kK / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) dS[n][i] = behind + fragment_row(i) == fragment_col(n, i);
+  } else if (c.walk().last) {
+    if (c.p.d_final_state)
+      load_state(state_of(c, const_cast<float*>(c.p.d_final_state)), c.p.in.state_v_first,
+                 c.p.in.shape, v0, dS);
+  } else if (!c.p.summary) {
+    const StatesSummary s = summary_of(c, v0);
+    load_state(s.state, true, s.shape, s.row, dS);
+  }
+}
+
 template <class M, class C>
 __device__ inline void walk_back(const C& c, int group) {
   Accumulator<C::kK> dS;
   clear<C::kK>(dS);
-  if (c.p.d_final_state)
-    each_state_element(c, group, c.p.d_final_state, dS,
-                       [](const float* from, float& x) { x = *from; });
+  load_leaving(c, c.walk().v0 + 64 * group, dS);
   StatesRing ring{c.stages};
 #pragma unroll 1
-  for (int chunk = c.item().chunks - 1; chunk >= 0; --chunk) {
+  for (int chunk = c.walk().chunks - 1; chunk >= 0; --chunk) {
     mbarrier_wait(c.loaded(ring.stage), ring.phase);
     mbarrier_wait(c.ready(ring.stage), ring.phase);
-    step_back<M>(c, ring.stage, opaque(group), chunk, dS);
+    step_back<M>(c, ring.stage, anew(group), chunk, dS);
     __syncwarp();
     if (threadIdx.x % 32 == 0) mbarrier_arrive(c.empty(ring.stage));
     ring.next();
   }
-  if (c.p.d_initial_state)
-    each_state_element(c, group, c.p.d_initial_state, dS, [](float* to, float& x) { *to = x; });
-}
-
-template <int kC>
-__device__ inline StatesItem states_item(const ChunkCuda& in, int groups) {
-  const int tiles = int(pad64(in.shape.V)) / 64 / groups, HV = int(in.shape.HV);
-  const int chain = int(blockIdx.x) / tiles, n = chain / HV;
-  const Span s = sequence_span(in, n);
-  return {s.begin,
-          s.end,
-          int(s.batch),
-          n,
-          chain % HV,
-          int(s.slot),
-          int((s.end - s.begin + kC - 1) / kC),
-          int(blockIdx.x) % tiles * 64 * groups};
+  const int v0 = c.walk().v0 + 64 * group;
+  if (c.p.summary) {
+    const StatesSummary s = summary_of(c, v0);
+    store_state(s.state, true, s.shape, s.row, dS);
+  } else if (c.p.d_initial_state && c.walk().first) {
+    store_state(state_of(c, c.p.d_initial_state), c.p.in.state_v_first, c.p.in.shape, v0, dS);
+  }
 }
 
 template <class M, class C>
@@ -377,8 +403,9 @@ __global__ void __launch_bounds__(C::kThreads, 1)
                             int stages, bool vectors) {
   extern __shared__ __align__(1024) char memory[];
   const C c{p, groups, stages, memory};
+  const int rows = int(pad64(p.in.shape.V) + (p.summary ? pad64(p.in.shape.K) : 0));
   if (threadIdx.x == 0) {
-    c.item() = states_item<C::kC>(p.in, groups);
+    c.walk() = walk_of<C::kC>(p.in, p.segments.chunks, blockIdx.x, rows / 64 / groups, 64 * groups);
     if (shared_address(memory) % 1024) __trap();
     for (int i = 0; i < stages; ++i) {
       mbarrier_init(c.loaded(i), M::kAsync ? 1 : 128);
@@ -390,6 +417,10 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 #endif
   }
   __syncthreads();
+  // a slot without tokens; of a summary, nothing asks for what the first segment makes of dS, nor
+  // for the last one's M
+  const Walk& w = c.walk();
+  if (w.chunks < 0 || (p.summary && (w.first || (w.last && w.v0 >= pad64(p.in.shape.V))))) return;
   const int group = threadIdx.x / 128;
 #if __CUDA_ARCH__ >= 900
   if constexpr (M::kAsync && C::kMaxGroups == 2) {  // 168 registers a thread at the start
@@ -416,7 +447,9 @@ int chunk_bwd_states_launch(const ChunkBwdCuda& p, const StatesMaps<M::kAsync>& 
   cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
   const ChunkShape& s = p.in.shape;
-  const int64_t chains = p.in.N * s.HV, tiles = pad64(s.V) / 64;
+  const int64_t length = p.segments.chunks;
+  const int64_t chains = (length ? segment_slots(p.in, length) : p.in.N) * s.HV;
+  const int64_t tiles = (pad64(s.V) + (p.summary ? pad64(s.K) : 0)) / 64;
   const int groups = C::kMaxGroups == 2 && tiles % 2 == 0 && chains * tiles / 2 >= sms ? 2 : 1;
   int stages = 3;
   while (stages > 1 && C::bytes(groups, stages) > most) --stages;

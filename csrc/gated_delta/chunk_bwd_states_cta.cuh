@@ -24,18 +24,12 @@ struct StatesMaps<true> {
   CUtensorMap q, k, d_o, inverse;
 };
 
-// Read from shared memory where it is wanted: registers are for the state.
-struct StatesItem {    // V tiles of 64 columns, from v0 on, of one value head of one sequence
-  int64_t begin, end;  // of the sequence, in row `batch`
-  int batch, n, head, slot, chunks, v0;  // slot: of the first chunk
-};
-
 template <class E_, int kK_>
 struct StatesCta {
   using E = E_;
   static constexpr int kC = sizeof(E) == 2 ? 64 : 32, kK = kK_;
-  static constexpr int kParts = sizeof(E) == 2 ? 2 : 1;    // of T'
-  static constexpr int kMaxGroups = kK > 128 ? 1 : 2;      // state warpgroups
+  static constexpr int kParts = sizeof(E) == 2 ? 2 : 1;                 // of T'
+  static constexpr int kMaxGroups = kK * int(sizeof(E)) > 256 ? 1 : 2;  // state warpgroups
   static constexpr int kThreads = 128 * (kMaxGroups + 1);  // and one that prepares chunks
   using Keys = Tile<E, kC, kK>;
   using Values = Tile<E, kC, 64>;
@@ -52,16 +46,17 @@ struct StatesCta {
 
   const ChunkBwdCuda& p;
   int groups, stages;
-  char* memory;  // tiles of all stages, factors of all stages, table, item, barriers
+  char* memory;  // tiles of all stages, factors of all stages, table, walk, barriers
 
   static constexpr int stage_bytes(int groups) { return kTiles + groups * Values::kBytes; }
   static constexpr int bytes(int groups, int stages) {
     return stages * (stage_bytes(groups) + int(sizeof(Factors)) + 3 * 8) +
-           int(sizeof(TokenTable<kC>) + sizeof(StatesItem));
+           int(sizeof(TokenTable<kC>) + sizeof(Walk));
   }
 
   __device__ Stage stage(int i) const {
-    uint32_t at = shared_address(memory) + i * stage_bytes(groups);
+    // whole units of 1024 bytes, which the compiler cannot know
+    uint32_t at = (shared_address(memory) + i * stage_bytes(groups)) & ~1023u;
     const auto take = [&](int bytes) { return at += bytes, at - bytes; };
     Stage s;
     s.q.base = take(Keys::kBytes), s.k.base = take(Keys::kBytes);
@@ -76,28 +71,26 @@ struct StatesCta {
   __device__ TokenTable<kC>& tokens() const {
     return *reinterpret_cast<TokenTable<kC>*>(&factors(stages));
   }
-  __device__ StatesItem& item() const { return *reinterpret_cast<StatesItem*>(&tokens() + 1); }
+  __device__ Walk& walk() const { return *reinterpret_cast<Walk*>(&tokens() + 1); }
   // loaded: the tiles have arrived; ready: P and factors, too; empty: nobody reads any more
-  __device__ uint64_t* loaded(int i) const { return reinterpret_cast<uint64_t*>(&item() + 1) + i; }
+  __device__ uint64_t* loaded(int i) const { return reinterpret_cast<uint64_t*>(&walk() + 1) + i; }
   __device__ uint64_t* ready(int i) const { return loaded(stages + i); }
   __device__ uint64_t* empty(int i) const { return loaded(2 * stages + i); }
 
-  __device__ int64_t first(int chunk) const { return item().begin + chunk * kC; }
-  __device__ int rows(int chunk) const {
-    const int64_t left = item().end - first(chunk);
-    return left < kC ? int(left) : kC;
-  }
+  __device__ int64_t first(int chunk) const { return walk().sequence.begin + int64_t(chunk) * kC; }
+  __device__ int rows(int chunk) const { return walk().template rows<kC>(chunk); }
   __device__ Place keys(int chunk) const {
-    const int group = int(p.in.shape.HV / p.in.shape.H);
-    return {item().batch, first(chunk), item().head / group, rows(chunk), 0, int(p.in.shape.K)};
+    return {walk().sequence.batch, first(chunk), walk().key_head, rows(chunk), 0,
+            int(p.in.shape.K)};
   }
   __device__ Place values(int chunk, int group) const {
-    const int v0 = item().v0 + 64 * group;
-    return {item().batch, first(chunk), item().head, rows(chunk), v0, int(p.in.shape.V) - v0};
+    const int v0 = walk().v0 + 64 * group;
+    return {walk().sequence.batch, first(chunk), walk().head,
+            rows(chunk),           v0,           int(p.in.shape.V) - v0};
   }
   // of one of the arrays by slot and head
   __device__ E* kept(const BySlot& x, int chunk) const {
-    return static_cast<E*>(x.data) + (item().slot + chunk) * x.slot + item().head * x.head;
+    return static_cast<E*>(x.data) + (walk().sequence.slot + chunk) * x.slot + walk().head * x.head;
   }
 };
 
@@ -115,7 +108,7 @@ template <class C>
 __device__ inline void load_stage(const C& c, const StatesMaps<true>& maps, int chunk, int i) {
 #if __CUDA_ARCH__ >= 900
   const auto stage = c.stage(i);
-  const int slot = c.item().slot + chunk, head = c.item().head;
+  const int slot = c.walk().sequence.slot + chunk, head = c.walk().head;
   uint64_t* const loaded = c.loaded(i);
   mbarrier_arrive_expect(loaded, c.stage_bytes(c.groups) - C::Square::kBytes);
   load_rows_tma(stage.q, 0, maps.q, c.keys(chunk), loaded);

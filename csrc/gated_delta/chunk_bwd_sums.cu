@@ -4,7 +4,7 @@
 // CTA = 4 heads of one of the two, 256 threads: lanes four apart share a head and take every 64th
 // slot, so that a warp reads whole sectors; then the lanes of a warp and the eight warps are added,
 // always in the same order, and the sum is rounded once. Empty slots hold zeros.
-// Shared memory: 256 bytes. Registers: 28.
+// Shared memory: 256 bytes. Registers: 40.
 // Bytes: 8 a slot and head (262 KB for 32k tokens of 64 heads), additions as many as numbers. Bound
 // by latency: the chunks have left the numbers in the L2 cache.
 #include "gated_delta/chunk_bwd_cuda.h"

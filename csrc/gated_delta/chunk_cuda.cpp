@@ -4,12 +4,14 @@
 
 namespace df::cuda {
 namespace {
-std::tuple<Tensor, Tensor, Tensor> fwd(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta,
-    const OptTensor& initial_state, const OptTensor& cu_seqlens, const OptTensor& A_log,
-    const OptTensor& dt_bias, double scale, bool l2norm, double sigmoid_scale, bool state_v_first,
-    int64_t /*chunk_size*/, bool high_precision, int64_t /*split*/, bool /*batch_invariant*/,
-    bool output_final_state, int64_t saving) {
+std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& q, const Tensor& k, const Tensor& v,
+                                       const Tensor& g, const Tensor& beta,
+                                       const OptTensor& initial_state, const OptTensor& cu_seqlens,
+                                       const OptTensor& A_log, const OptTensor& dt_bias,
+                                       double scale, bool l2norm, double sigmoid_scale,
+                                       bool state_v_first, int64_t /*chunk_size*/,
+                                       bool high_precision, int64_t split, bool batch_invariant,
+                                       bool output_final_state, int64_t saving) {
   const ChunkTensors t = chunk_tensors(q, k, v, g, beta, initial_state, cu_seqlens, A_log, dt_bias,
                                        scale, l2norm, sigmoid_scale, state_v_first);
   const ChunkCuda& in = t.args;
@@ -31,8 +33,12 @@ std::tuple<Tensor, Tensor, Tensor> fwd(
     p.inverse = parts.inverse, p.states = parts.states;
   }
   p.high_precision = high_precision;
+  const int64_t segment = segment_chunks(in, split, batch_invariant);
+  const int64_t room = segment ? segment_slots(in, segment) * HV * segment_bytes(in) / 4 : 0;
+  const Tensor segments = empty(q, {room}, ScalarType::Float);
+  if (segment) p.segments = segment_room(in, segment, segments.mutable_data_ptr());
   Launch launch(t.q, t.k, t.v, t.g, t.beta, t.initial_state, t.cu_seqlens, t.A_log, t.dt_bias, o,
-                final_state, saved);
+                final_state, saved, segments);
   chunk_fwd_run(p, launch.stream());
   if (cu_seqlens)
     chunk_zero_tail_cuda({in, {{p.o, HV * V * int64_t(o.element_size())}}}, launch.stream());

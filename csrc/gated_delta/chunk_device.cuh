@@ -18,11 +18,16 @@ __device__ inline int64_t token_offset(const ChunkCuda& p, int64_t n) {
                             : static_cast<const int32_t*>(p.cu_seqlens)[n];
   return at < 0 ? 0 : at < p.shape.T ? at : p.shape.T;
 }
-__device__ inline Span sequence_span(const ChunkCuda& p, int64_t n) {
-  const int64_t T = p.shape.T, C = p.shape.C;
+// C: tokens of a slot, those of a chunk or of several.
+__device__ inline Span sequence_span(const ChunkCuda& p, int64_t n, int64_t C) {
+  const int64_t T = p.shape.T;
   if (!p.cu_seqlens) return {n, 0, T, n * ((T + C - 1) / C)};
   const int64_t begin = token_offset(p, n), end = token_offset(p, n + 1);
   return {0, begin, end < begin ? begin : end, begin / C + n};
+}
+
+__device__ inline Span sequence_span(const ChunkCuda& p, int64_t n) {
+  return sequence_span(p, n, p.shape.C);
 }
 
 struct ChunkPlace {
@@ -30,8 +35,7 @@ struct ChunkPlace {
   int64_t n, chunk;  // of the sequence; first token begin + chunk C
   int rows;          // tokens of it; 0: the slot is empty
 };
-__device__ inline ChunkPlace chunk_place(const ChunkCuda& p, int64_t slot) {
-  const int64_t C = p.shape.C;
+__device__ inline ChunkPlace chunk_place(const ChunkCuda& p, int64_t slot, int64_t C) {
   int64_t n = 0;
   if (!p.cu_seqlens) {
     n = slot / ((p.shape.T + C - 1) / C);
@@ -42,9 +46,13 @@ __device__ inline ChunkPlace chunk_place(const ChunkCuda& p, int64_t slot) {
       (token_offset(p, middle) / C + middle <= slot ? n : behind) = middle;
     }
   }
-  const Span s = sequence_span(p, n);
+  const Span s = sequence_span(p, n, C);
   const int64_t chunk = slot - s.slot, left = s.end - s.begin - chunk * C;
   return {s, n, chunk, int(left < 0 ? 0 : left < C ? left : C)};
+}
+
+__device__ inline ChunkPlace chunk_place(const ChunkCuda& p, int64_t slot) {
+  return chunk_place(p, slot, p.shape.C);
 }
 
 struct HeadGate {  // g = rate softplus(a + bias) if fused, else as given

@@ -25,8 +25,9 @@ struct FwdConfig {
   static constexpr int kTables = kStages < 2 ? kStages : 2;
   static constexpr int kThreads = 128 * (1 + kGroups);
   static constexpr int kAttention = kHigh ? 2 : 1;  // parts of P
-  // Products that do not need each other side by side, where registers allow it.
-  static constexpr bool kTogether = kAsync && kK <= 128 && !(kHigh && kGroups == 2);
+  // Products that do not need each other side by side, where registers allow it. Not by kGroups: a
+  // head's bits must not depend on how many there are.
+  static constexpr bool kTogether = kAsync && kK <= 128 && !kHigh;
 
   struct Table {
     TokenTable<kC> tokens;
@@ -41,6 +42,7 @@ struct FwdConfig {
   static constexpr int kTableBytes = (Work::kParts + kAttention) * Square::kBytes;
   static constexpr int kTiles = kStages * kStageBytes + kTables * kTableBytes;
   static constexpr int kShared = kTiles + int(sizeof(Rest));
+  static_assert(kShared <= (kAsync ? 227 : 163) * 1024, "more than a CTA of that device may have");
 };
 
 template <class F>

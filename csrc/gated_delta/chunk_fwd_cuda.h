@@ -1,6 +1,6 @@
 // The forward kernels of the chunk form on CUDA, and what the backward takes from them.
 #pragma once
-#include "gated_delta/chunk_cuda.h"
+#include "gated_delta/chunk_segments.h"
 
 namespace df {
 struct ChunkFwdCuda {
@@ -9,8 +9,11 @@ struct ChunkFwdCuda {
   void* o;                     // [B,T,HV,V]; null: states and inverses only, q is not read
   float* final_state;          // may be null
   BySlot inverse, states;
+  Segments segments;
+  bool summary;  // no outputs but M and H of segments
   bool high_precision;
   bool vectors;  // rows of q, k and v are whole 16 bytes
+  int64_t sms;   // of the device
 };
 
 // By the element type, on mma.sync: any device, any strides.

@@ -9,11 +9,13 @@
 //   O^T = sc [gam o Y^T + U^T P^T]   S^T = e^{G_C} S^T + (del o U)^T K
 // so that S, W, E and U never exist in memory. O leaves through the tile that v came in.
 // The same source runs on mma.sync (any device, any strides, float as 3xTF32 with C = 32) and on
-// wgmma with TMA; there warpgroup 0 gives registers to the others (setmaxnreg).
+// wgmma with TMA; there warpgroup 0 of three gives registers to the others (setmaxnreg). There is
+// no producer warp: warpgroup 0 needs the tiles first, and issues their loads when it has to wait
+// for the state warpgroups anyway.
 //   shared memory, K = 128, 128 rows, 16 bits: 2 stages (sm_80) or 3 (sm_90a) of 32 KB k, q and
 //   16 KB v; 2 x (16 KB T' + 8 KB P + 2.5 KB tables): 149 KB or 197 KB; high precision: 8 KB more
 //   of P a table. One CTA an SM.
-//   registers: at most 168 a thread of 384 (sm_90a: 104 ahead, 200 state), 255 of 256
+//   registers: at most 168 a thread of 384 (sm_90a: 120 ahead, 192 state, 504 of three), 255 of 256
 //   a chunk, K = 128, V = 128: 9.1 MFLOP for 64 KB read and 16 KB written; the chain of five
 //   dependent products a chunk bounds it, not their number
 #pragma once
@@ -120,6 +122,13 @@ struct Ahead {
   }
 };
 
+// CTAs of a head and sequence or segment.
+template <class F>
+__host__ __device__ inline int64_t fwd_tiles(const ChunkFwdCuda& p) {
+  const int64_t rows = pad64(p.in.shape.V) + (p.summary ? pad64(p.in.shape.K) : 0);
+  return (rows / 64 + F::kGroups - 1) / F::kGroups;
+}
+
 template <class F>
 __global__ __launch_bounds__(F::kThreads,
                              1) void chunk_fwd_kernel(const __grid_constant__ ChunkFwdCuda p,
@@ -128,44 +137,55 @@ __global__ __launch_bounds__(F::kThreads,
   extern __shared__ __align__(1024) char raw[];
   const FwdShared<F> shared(raw);
   Walk& w = shared.rest->walk;
-  const auto groups = [&] { return p.in.shape.V - w.v0 > 64 ? F::kGroups : 1; };  // with rows of V
+  const auto groups = [&] {  // of 64 rows; nothing enters the first segment but the initial state
+    const ChunkShape& shape = p.in.shape;
+    const int64_t K = p.summary && !w.first ? pad64(shape.K) : 0;
+    const int left = int(pad64(shape.V) + K - w.v0) / 64;
+    return left < 0 ? 0 : left < F::kGroups ? left : F::kGroups;
+  };
   if (threadIdx.x == 0) {
-    w = walk_of<F::kC>(p.in, blockIdx.x, 64 * F::kGroups);
-    shared.rest->pipe.init(128, 4 * groups());
+    w = walk_of<F::kC>(p.in, p.segments.chunks, blockIdx.x, fwd_tiles<F>(p), 64 * F::kGroups);
+    if (groups() == 0 || (p.summary && w.last)) w.chunks = -1;
+    if (w.chunks >= 0) shared.rest->pipe.init(128, 4 * groups());
   }
   __syncthreads();
+  if (w.chunks < 0) return;
   const int group = int(threadIdx.x) / 128 - 1;
   if (group < 0) {
 #if __CUDA_ARCH__ >= 900
-    if constexpr (F::kAsync && F::kGroups == 2) registers_down<128>();
+    if constexpr (F::kAsync && F::kGroups == 2) registers_down<120>();
 #endif
     Ahead<F>{p, maps, w, shared}.run();
   } else {
 #if __CUDA_ARCH__ >= 900
     if constexpr (F::kAsync && F::kGroups == 2) registers_up<192>();
 #endif
-    if (group < groups()) StateGroup<F>{p, w, shared, group}.run();
+    if (group < groups()) StateGroup<F>{p, w, shared}.run();
   }
 }
 
 template <class F>
+int64_t chunk_fwd_blocks(const ChunkFwdCuda& p) {
+  const int64_t length = p.segments.chunks;
+  return fwd_tiles<F>(p) * p.in.shape.HV * (length ? segment_slots(p.in, length) : p.in.N);
+}
+template <class F>
 void chunk_fwd_launch(const ChunkFwdCuda& p, const typename F::Maps& maps, void* stream) {
-  const ChunkShape& shape = p.in.shape;
-  const int64_t tile = 64 * F::kGroups;
-  const int64_t blocks = (shape.V + tile - 1) / tile * shape.HV * p.in.N;
   cudaFuncSetAttribute(chunk_fwd_kernel<F>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                        F::kShared);
-  chunk_fwd_kernel<F>
-      <<<unsigned(blocks), F::kThreads, F::kShared, static_cast<cudaStream_t>(stream)>>>(p, maps);
+  chunk_fwd_kernel<F><<<unsigned(chunk_fwd_blocks<F>(p)), F::kThreads, F::kShared,
+                        static_cast<cudaStream_t>(stream)>>>(p, maps);
 }
 
+// Two state warpgroups where registers and shared memory allow it and five SMs of six get a CTA:
+// else two CTAs share the rows of V, and each makes the tables for itself.
 template <class Arch, class E, int kK, bool kHigh>
 void chunk_fwd_rows(const ChunkFwdCuda& p, const auto& maps, void* stream) {
-  // two state warpgroups where registers and shared memory allow it
-  constexpr bool kTwo = kK <= 128 && !(kHigh && kK == 128 && !Arch::kAsync);
-  if constexpr (kTwo)
-    if (p.in.shape.V > 64)
-      return chunk_fwd_launch<FwdConfig<Arch, E, kK, 2, kHigh>>(p, maps, stream);
+  if constexpr (kK <= 128 && !(kHigh && kK == 128 && !Arch::kAsync)) {
+    using Two = FwdConfig<Arch, E, kK, 2, kHigh>;
+    if ((p.in.shape.V > 64 || p.summary) && 6 * chunk_fwd_blocks<Two>(p) >= 5 * p.sms)
+      return chunk_fwd_launch<Two>(p, maps, stream);
+  }
   chunk_fwd_launch<FwdConfig<Arch, E, kK, 1, kHigh>>(p, maps, stream);
 }
 template <class Arch, class E, int kK>

@@ -86,7 +86,8 @@ struct StateGroup {
   using Square = typename F::Square;
   static constexpr int kC = F::kC, kK = F::kK;
   // One after the other: columns that are operand A at once, columns of a triangular product.
-  static constexpr int kStep = F::kAsync ? 32 : 16, kTokens = F::kAsync ? kC : 32;
+  static constexpr int kStep = F::kAsync ? 32 : sizeof(E) == 2 ? 16 : 8;
+  static constexpr int kTokens = F::kAsync ? kC : 32;
   static constexpr bool kPairT = F::Work::kParts == 2, kPairP = F::kAttention == 2;
   using Step = Factor<E, kStep, F::kHigh>;
   using Whole = Factor<E, kC, F::kHigh>;
@@ -95,16 +96,13 @@ struct StateGroup {
   const ChunkFwdCuda& p;
   const Walk& w;
   const FwdShared<F>& shared;
-  int group;
   float S[kK / 8][4];
 
-  __device__ int v0() const { return w.v0 + 64 * group; }
+  __device__ int group() const { return thread_anew() / 128 - 1; }
+  __device__ int v0() const { return w.v0 + 64 * group(); }
 
   __device__ void run() {
-    const ChunkShape& shape = p.in.shape;
-    const int64_t state = (int64_t(w.n) * shape.HV + w.head) * shape.K * shape.V;
-    load_state(p.initial_state ? p.initial_state + state : nullptr, p.in.state_v_first, shape, v0(),
-               S);
+    enter();
     for (int c = 0; c < w.chunks; ++c) {
       shared.rest->pipe.wait_ready(c);
       if constexpr (F::kAsync) shared.rest->pipe.wait_loaded(c);
@@ -115,28 +113,62 @@ struct StateGroup {
         in_turn(c);
       shared.rest->pipe.arrive_done(c);
     }
-    if (p.final_state) store_state(p.final_state + state, p.in.state_v_first, shape, v0(), S);
+    leave();
   }
 
  private:
+  // The state of the whole sequence, in the layout of the tensors.
+  __device__ int64_t outer() const {
+    const ChunkShape& shape = p.in.shape;
+    return (int64_t(w.n) * shape.HV + w.head) * shape.K * shape.V;
+  }
+  // 64 rows of S^T, or of M^T behind them, that this group has of a segment; padded.
+  __device__ float* inner() const {
+    const int64_t K = pad64(p.in.shape.K), V = pad64(p.in.shape.V);
+    const int64_t at = int64_t(w.segment) * p.in.shape.HV + w.head;
+    if (v0() < V) return p.segments.states + (at * V + v0()) * K;
+    return p.segments.transitions + (at * K + v0() - V) * K;
+  }
+  __device__ ChunkShape padded() const {
+    ChunkShape shape = p.in.shape;
+    shape.K = pad64(shape.K), shape.V = 64;
+    return shape;
+  }
+  __device__ void enter() {
+    const ChunkShape& shape = p.in.shape;
+    const int below = v0() - int(pad64(shape.V));
+    if (p.summary && below >= 0) {  // rows of the identity
+#pragma unroll
+      for (int n = 0; n < kK / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) S[n][i] = below + fragment_row(i) == fragment_col(n, i);
+    } else if (w.first) {
+      const float* const from = p.initial_state;
+      load_state(from ? from + outer() : from, p.in.state_v_first, shape, v0(), S);
+    } else {
+      load_state(p.summary ? nullptr : inner(), true, padded(), 0, S);
+    }
+  }
+  __device__ void leave() {
+    if (p.summary)
+      store_state(inner(), true, padded(), 0, S);
+    else if (p.final_state && w.last)
+      store_state(p.final_state + outer(), p.in.state_v_first, p.in.shape, v0(), S);
+  }
+
   __device__ void subtract_read(int c, float (&r)[kC / 8][4]) const {
     Fragment<E, kC> v;
-    load_fragment<kC>(v, shared.values(c).along_mn().from(0, 64 * group));
+    load_fragment<kC>(v, shared.values(c).along_mn().from(0, 64 * group()));
     subtract_from<E, kC>(v, shared.table(c).factors.read, r);
   }
 
   // S^T as it enters the chunk.
   __device__ void save(int c) {
     if (!p.states.data) return;
-    const int stride = int(pad64(p.in.shape.K));
+    const int stride = w.padded_k;
     E* const to = static_cast<E*>(p.states.data) + (w.sequence.slot + c) * p.states.slot +
                   w.head * p.states.head + int64_t(v0()) * stride;
-#pragma unroll
-    for (int k = 0; k < kK; k += 16) {
-      Fragment<E, 16> s;
-      to_fragment<E, 16>(columns<16>(S, k), s);
-      store_fragment<E, 16>(s, to, stride, k, stride);
-    }
+    store_rounded(S, to, stride);
   }
 
   // The chunk with O and the state's update side by side, and R and Y.
@@ -256,11 +288,11 @@ struct StateGroup {
     const TileRows<typename F::Values, kN> tile{shared.values(c), first};
     scale_all(y, p.in.scale);
     __syncwarp();
-    store_transposed<kN>(y, tile, 64 * group);
+    store_transposed<kN>(y, tile, 64 * group());
     __syncwarp();
     const int64_t token = w.sequence.batch * shape.T + w.sequence.begin + int64_t(c) * kC + first;
     E* const to = static_cast<E*>(p.o) + (token * shape.HV + w.head) * shape.V + v0();
-    store_output(tile, 64 * group, to, shape.HV * shape.V, w.template rows<kC>(c) - first,
+    store_output(tile, 64 * group(), to, shape.HV * shape.V, w.template rows<kC>(c) - first,
                  int(shape.V) - v0(), shape.V % (16 / int(sizeof(E))) == 0);
     Arch::stores_visible();
   }

@@ -10,11 +10,15 @@ namespace df::cuda {
 template <class E>
 inline constexpr int kChunk = sizeof(E) == 2 ? 64 : 32;
 
-// One value head of a sequence, a tile of columns of V from v0 on. In shared memory: it would take
-// many registers.
+// One value head of a sequence or of a segment of it, a tile of columns of V from v0 on. In shared
+// memory: it would take many registers.
 struct Walk {
-  Span sequence;
-  int n, head, key_head, v0, chunks;
+  Span sequence;  // its tokens; the slot of its first chunk
+  int n, head, key_head, v0;
+  int chunks;        // -1: there is nothing to do
+  int segment;       // its slot
+  int padded_k;      // K to whole 64
+  bool first, last;  // of its sequence
   template <int kC>
   __device__ int rows(int chunk) const {
     const int64_t left = sequence.end - sequence.begin - int64_t(chunk) * kC;
@@ -22,16 +26,31 @@ struct Walk {
   }
 };
 
-// Blocks are numbered by tiles of V, then heads, then sequences: heads of a group are neighbours
-// and find q and k in L2.
+// Blocks are numbered by tiles, then heads, then sequences or segments of `length` chunks: heads of
+// a group are neighbours and find q and k in L2.
 template <int kC>
-__device__ inline Walk walk_of(const ChunkCuda& p, int64_t block, int tile_v) {
-  const int64_t tiles = (p.shape.V + tile_v - 1) / tile_v, row = block / tiles;
+__device__ inline Walk walk_of(const ChunkCuda& p, int64_t length, int64_t block, int64_t tiles,
+                               int tile_v) {
+  const int64_t row = block / tiles, item = row / p.shape.HV;
   Walk w;
-  w.n = int(row / p.shape.HV);
   w.head = int(row % p.shape.HV), w.key_head = w.head / int(p.shape.HV / p.shape.H);
-  w.v0 = int(block % tiles) * tile_v;
+  w.v0 = int(block % tiles) * tile_v, w.segment = int(item);
+  w.n = int(item), w.first = w.last = true;
+  w.padded_k = int(pad64(p.shape.K));
+  int64_t chunk = 0;
+  if (length) {
+    const ChunkPlace place = chunk_place(p, item, kC * length);
+    w.n = int(place.n), chunk = place.chunk * length;
+    w.first = place.chunk == 0;
+    if (!w.first && place.rows == 0) {
+      w.chunks = -1;
+      return w;
+    }
+  }
   w.sequence = sequence_span(p, w.n);
+  w.sequence.begin += chunk * kC, w.sequence.slot += chunk;
+  if (length && w.sequence.begin + length * kC < w.sequence.end)
+    w.sequence.end = w.sequence.begin + length * kC, w.last = false;
   w.chunks = int((w.sequence.end - w.sequence.begin + kC - 1) / kC);
   return w;
 }

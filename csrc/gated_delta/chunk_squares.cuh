@@ -81,7 +81,7 @@ struct Squares {
     } else {
       float both[4][4];
       clear<kC>(both);
-      Arch::template mma<kC, kK>(both, keys.along_k(), keys.along_k());
+      if (warp < 2 || queries) Arch::template mma<kC, kK>(both, keys.along_k(), keys.along_k());
       if (warp < 2) {
         decay_lower<true, kC>(t, 16 * warp, t.rk, t.rk, t.beta, both);
         store_tile<kC>(both, a);

@@ -11,10 +11,11 @@ __device__ inline void each_element(const ChunkShape& shape, bool v_first, int v
                                     float (&c)[kN][4], Fn fn) {
   const int K = int(shape.K), V = int(shape.V);
   const int row_step = v_first ? K : 1, col_step = v_first ? 1 : V;
-  const int v = v0 + fragment_row(0), k = fragment_col(0, 0);
+  const int thread = thread_anew(), k = thread % 4 * 2;
+  const int v = v0 + thread % 128 / 32 * 16 + thread % 32 / 4;
   int index = v * row_step + k * col_step;
 #pragma unroll
-  for (int n = 0; n < kN; ++n, index += 8 * col_step)
+  for (int n = 0; n < kN; ++n, index = anew(index + 8 * col_step))
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       fn(index + i / 2 * 8 * row_step + i % 2 * col_step,
@@ -36,23 +37,21 @@ __device__ inline void store_state(float* to, bool v_first, const ChunkShape& sh
   });
 }
 
-// Columns [first, first + kCols) of S^T in the inputs' type to rows of padded K.
-template <class E, int kCols>
-__device__ inline void store_fragment(const Fragment<E, kCols>& a, E* to, int64_t stride, int first,
-                                      int cols) {
-  const int thread = thread_anew(), t = thread % 4;
-  const int first_row = thread % 128 / 32 * 16 + thread % 32 / 4;
+// S^T in the inputs' type to rows of `stride` elements, a multiple of 64: that many columns.
+template <class E, int kN>
+__device__ inline void store_rounded(const float (&S)[kN][4], E* to, int stride) {
+  const int thread = thread_anew(), row = thread % 128 / 32 * 16 + thread % 32 / 4;
+  E* at = to + row * stride + thread % 4 * 2;
 #pragma unroll
-  for (int k = 0; k < kCols / 8; ++k)
+  for (int half = 0; half < 2; ++half, at += 8 * stride)
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = first_row + 8 * half, col = first + 8 * k + 2 * t;
-      if (col >= cols) continue;
-      E* const at = to + row * stride + col;
+    for (int n = 0; n < kN; ++n) {
+      if (8 * n >= stride) break;
+      const float x = S[n][2 * half], y = S[n][2 * half + 1];
       if constexpr (sizeof(E) == 2)
-        *reinterpret_cast<uint32_t*>(at) = a.r[k / 2][k % 2 * 2 + half];
+        *reinterpret_cast<uint32_t*>(at + 8 * n) = pack<E>(x, y);
       else
-        *reinterpret_cast<float2*>(at) = {a.r[k][2 * half], a.r[k][2 * half + 1]};
+        *reinterpret_cast<float2*>(at + 8 * n) = {x, y};
     }
 }
 
