@@ -48,8 +48,16 @@ def test_gradients_through_what_is_fused(dtype):
 
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("name", ["K128_V_cut", "K256_two_tiles", "packed"])
+@pytest.mark.parametrize(
+    "name, dtype",
+    [
+        ("K128_V_cut", torch.bfloat16),
+        ("K256_two_tiles", torch.bfloat16),
+        ("packed", torch.bfloat16),
+        ("packed", torch.float32),
+    ],
+    ids=str,
+)
 def test_every_mode(emulated_with, name, dtype, mode):
     case = CASES[name]._replace(T=min(CASES[name].T, 40)) if name != "packed" else CASES[name]
     with emulated_with(**mode):

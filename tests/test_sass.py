@@ -87,12 +87,12 @@ KERNELS = [
     Kernel(r"chunk_fwd.*Sm90.*ELi\d+ELi1E", 12, 255, ("HGMMA.64x64x16", "UTMALDG.4D"), WGMMA),
     Kernel(r"chunk_scan_kernel", 3, 255, ("HMMA.1688.F32.TF32", "LDGSTS.E.BYPASS.128")),
     # one CTA of 8 or 4 warps an SM. dQ and dK of K > 128 take half of the registers: what is needed
-    # once a tile is spilled, and one such number for mma.sync on an sm_90
+    # once a tile is spilled; of K = 128 on mma.sync one such number on an sm_90, more of floats
     Kernel(r"chunk_grads.*Sm80.*f16ELi64E", 2, 255, ("HMMA.16816.F32", "LDGSTS.E.BYPASS.128")),
     Kernel(r"chunk_grads.*Sm80.*f16ELi128E", 2, 255, ("HMMA.16816.F32", "STG.E.128"), stack=8),
     Kernel(r"chunk_grads.*Sm80.*f16ELi(192|256)E", 4, 255, ("HMMA.16816.F32",), stack=200),
-    Kernel(r"chunk_grads.*Sm80EfLi(64|128)E", 2, 255, ("HMMA.1688.F32.TF32",)),
-    Kernel(r"chunk_grads.*Sm80EfLi(192|256)E", 2, 255, ("HMMA.1688.F32.TF32",), stack=320),
+    Kernel(r"chunk_grads.*Sm80EfLi64E", 1, 255, ("HMMA.1688.F32.TF32",)),
+    Kernel(r"chunk_grads.*Sm80EfLi(128|192|256)E", 3, 255, ("HMMA.1688.F32.TF32",), stack=320),
     Kernel(r"chunk_grads.*Sm90.*Li(64|128)E", 4, 255, ("HGMMA.64x64x16",), WGMMA),
     Kernel(r"chunk_grads.*Sm90.*Li(192|256)E", 4, 255, ("HGMMA.64x64x16",), WGMMA, stack=96),
     Kernel(r"chunk_bwd_sums_kernel", 1, 40, ("SHFL.BFLY", "DADD")),

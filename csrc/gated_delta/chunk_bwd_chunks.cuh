@@ -22,12 +22,15 @@
 //   3 square += a E^T                              keys: E dS^T
 //     -> dS of the next tile
 // and once a head: dP and dKK (over T'), products with K and Q, sums for dg and dbeta.
+//
 // Shared bytes, 16 bits: 55 KB + 512 K of tiles and scalars, 32 KB for QK^T and KK^T and 32 KB, of
 // K > 128, for `square` between tiles, where they fit (K = 128: 151 KB); K = 256 on mma.sync lets
-// S0 and dS take turns in one buffer. float32: 28 KB + 512 K, twice 8 KB. Registers: K / 2 of dQ or
-// dK, 32 each of square and a product in flight, 16 of an operand; 255 in all, 198 to 232 for K
-// = 64. Of K > 128 a few numbers that are needed once a tile are spilled. Per chunk and head at K =
-// V = 128: 16.8 MFLOP, 128 KB, and 64 KB a group: bound by memory.
+// S0 and dS take turns in one buffer. float32: 28 KB + 512 K, twice 8 KB.
+//
+// Registers: K / 2 of dQ or dK, 32 each of square and of a product in flight, 16 of an operand; in
+// all 255, and 204 to 232 of 16-bit K = 64. Of K > 128 what is needed once a tile is spilled.
+//
+// Per chunk and head at K = V = 128: 16.8 MFLOP, 128 KB, and 64 KB a group: bound by memory.
 #pragma once
 #include "gated_delta/chunk_grad_phases.cuh"
 
