@@ -28,6 +28,7 @@ class Kernel(NamedTuple):
     registers: int  # at most
     contains: tuple
     archs: tuple = GENERAL  # HOPPER: of the files *_sm90.cu
+    stack: int = 0  # bytes of spilled registers, at most
 
 
 KERNELS = [
@@ -111,6 +112,16 @@ KERNELS = [
     Kernel(r"chunk_fwd.*Sm90.*ELi\d+ELi2E", 8, 168, ("HGMMA.64x64x16", "UTMALDG.4D"), HOPPER),
     Kernel(r"chunk_fwd.*Sm90.*ELi\d+ELi1E", 12, 255, ("HGMMA.64x64x16", "UTMALDG.4D"), HOPPER),
     Kernel(r"chunk_scan_kernel", 3, 255, ("HMMA.1688.F32.TF32", "LDGSTS.E.BYPASS.128")),
+    # one CTA of 8 or 4 warps an SM. dQ and dK of K > 128 take half of the registers: what is needed
+    # once a tile is spilled; of K = 128 on mma.sync one such number on an sm_90, more of floats
+    Kernel(r"chunk_grads.*Sm80.*f16ELi64E", 2, 255, ("HMMA.16816.F32", "LDGSTS.E.BYPASS.128")),
+    Kernel(r"chunk_grads.*Sm80.*f16ELi128E", 2, 255, ("HMMA.16816.F32", "STG.E.128"), stack=8),
+    Kernel(r"chunk_grads.*Sm80.*f16ELi(192|256)E", 4, 255, ("HMMA.16816.F32",), stack=200),
+    Kernel(r"chunk_grads.*Sm80EfLi64E", 1, 255, ("HMMA.1688.F32.TF32",)),
+    Kernel(r"chunk_grads.*Sm80EfLi(128|192|256)E", 3, 255, ("HMMA.1688.F32.TF32",), stack=320),
+    Kernel(r"chunk_grads.*Sm90.*Li(64|128)E", 4, 255, ("HGMMA.64x64x16",), HOPPER),
+    Kernel(r"chunk_grads.*Sm90.*Li(192|256)E", 4, 255, ("HGMMA.64x64x16",), HOPPER, stack=96),
+    Kernel(r"chunk_bwd_sums_kernel", 1, 40, ("SHFL.BFLY", "DADD")),
     Kernel(r"chunk_zero_tail_kernel", 1, 64, ("STG.E.128",)),
 ]
 FORBIDDEN = ("LDL", "STL")
@@ -183,7 +194,7 @@ def matching(functions, kernel):
 def test_registers_and_no_stack(usage, kernel):
     for key, used in matching(usage, kernel).items():
         assert used["REG"] <= kernel.registers, key
-        assert used["STACK"] == used["LOCAL"] == 0, key
+        assert used["STACK"] <= kernel.stack and used["LOCAL"] == 0, key
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.name)
@@ -191,7 +202,7 @@ def test_instructions(code, kernel):
     for key, text in matching(code, kernel).items():
         for instruction in kernel.contains:
             assert instruction in text, (key, instruction)
-        for instruction in FORBIDDEN:
+        for instruction in () if kernel.stack else FORBIDDEN:
             assert not re.search(rf"\b{instruction}\b", text), (key, instruction)
 
 

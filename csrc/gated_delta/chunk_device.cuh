@@ -177,28 +177,21 @@ template <bool kVectors, int kThreads, class T>
 __device__ inline void load_tile(const T& tile, const typename T::E* from, int64_t stride, int rows,
                                  int cols, int thread) {
   using E = typename T::E;
-  constexpr int kUnit = 16 / int(sizeof(E)), kUnits = T::kCols / kUnit;
+  constexpr int kWidth = kVectors ? 16 / int(sizeof(E)) : 1, kUnits = T::kCols / kWidth;
   static_assert(T::kRows * kUnits % kThreads == 0);
-#pragma unroll 4
-  for (int i = thread; i < T::kRows * kUnits; i += kThreads) {
-    const int row = i / kUnits, col = i % kUnits * kUnit;
+#pragma unroll(kVectors ? 4 : 1)
+  for (int step = 0; step < T::kRows * kUnits / kThreads; ++step) {
+    const int i = step * kThreads + thread, row = i / kUnits, col = i % kUnits * kWidth;
+    const bool inside = row < rows && col < cols;
     if constexpr (kVectors) {
-      const bool inside = row < rows && col < cols;
       cp_async16(tile.at(row, col), inside ? from + row * stride + col : from, inside ? 16 : 0);
     } else {
-      uint32_t words[4] = {};
-#pragma unroll
-      for (int e = 0; e < kUnit; ++e) {
-        if (row >= rows || col + e >= cols) continue;
-        const E x = from[row * stride + col + e];
-        if constexpr (sizeof(E) == 2)
-          words[e / 2] |= uint32_t(x.bits) << e % 2 * 16;
-        else
-          words[e] = __float_as_uint(x);
-      }
-      asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(tile.at(row, col)),
-                   "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
-                   : "memory");
+      E x{};
+      if (inside) x = from[row * stride + col];
+      if constexpr (sizeof(E) == 2)
+        asm volatile("st.shared.b16 [%0], %1;" ::"r"(tile.at(row, col)), "h"(x.bits) : "memory");
+      else
+        asm volatile("st.shared.f32 [%0], %1;" ::"r"(tile.at(row, col)), "f"(x) : "memory");
     }
   }
 }

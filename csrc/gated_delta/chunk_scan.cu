@@ -89,9 +89,11 @@ struct Scan {
 
   // Segments [first, first + count) of a sequence.
   __device__ void run(int64_t first, int64_t count) {
-    load(first);
-    for (int64_t j = 1; j + 1 < count; ++j) step(first + j);
-    if (count > 1) store(first + count - 1);
+    if (count < 2) return;
+    const int64_t start = p.backward ? first + count - 1 : first, next = p.backward ? -1 : 1;
+    load(start);
+    for (int64_t j = 1; j + 1 < count; ++j) step(start + j * next);
+    store(start + (count - 1) * next);
   }
 };
 

@@ -26,9 +26,11 @@ inline Segments segment_room(const ChunkCuda& p, int64_t chunks, void* room) {
 
 // In place of H^T, in the order of a sequence's segments: S_in(j + 1) = M_j S_in(j) + H_j. The
 // first one's H is made with the sequence's own initial state, so that it is S_in(1) and stays.
+// Backward, from the last segment on, the same for dS (chunk_bwd_cuda.h).
 struct ChunkScan {
   ChunkCuda in;
   Segments segments;
+  bool backward = false;
 };
 void chunk_scan_cuda(const ChunkScan&, void* stream);
 

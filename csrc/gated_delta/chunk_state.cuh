@@ -15,7 +15,7 @@ __device__ inline void each_element(const ChunkShape& shape, bool v_first, int v
   const int v = v0 + thread % 128 / 32 * 16 + thread % 32 / 4;
   int index = v * row_step + k * col_step;
 #pragma unroll
-  for (int n = 0; n < kN; ++n, index += 8 * col_step)
+  for (int n = 0; n < kN; ++n, index = anew(index + 8 * col_step))
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       fn(index + i / 2 * 8 * row_step + i % 2 * col_step,

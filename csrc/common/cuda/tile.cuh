@@ -89,6 +89,10 @@ __device__ inline int thread_anew() {
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
   return x;
 }
+__device__ inline int anew(int x) {  // likewise
+  asm volatile("" : "+r"(x));
+  return x;
+}
 
 // An accumulator: 16 rows a warp, kN columns. Lane (g, t) = (lane / 4, lane % 4) has of tile n of 8
 // columns: [n][0], [n][1] row g, columns 8 n + 2 t and + 1; [n][2], [n][3] row g + 8. A warpgroup's

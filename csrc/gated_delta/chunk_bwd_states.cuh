@@ -1,0 +1,493 @@
+// Backward of the chunked gated delta rule, the part that is sequential: the gradient dS of the
+// state, from the last chunk of a sequence to the first (gated_delta.md, 2.4; C tokens a chunk):
+//   dU = del o (K dS) + P^T (sc dO);   dV = dW = T'^T (beta o dU);   P = Gam o (Q K^T)
+//   dS <- e^{G_C} dS + Q^T (sc gam o dO) - K^T (gam o dW)
+// and leaves dV and the dS that enters each step to the kernel that does all chunks side by side.
+//
+// CTA = (sequence, value head, 1 or 2 V tiles of 64 columns): a state warpgroup for each V tile and
+// one that prepares chunks. A state warpgroup holds dS^T (64 x K, float) in registers and has the
+// operand A of all its products there, too, so that the chain never waits for shared memory:
+//   Y = dO^T P;  X = dS^T K^T;  W = (beta o (del o X + Y))^T T';  dS^T += a Q + b K   (64 x C x K)
+// with dO^T loaded transposed. Y, and Q's part of the new state, run behind the products that the
+// chain waits for. The preparing warpgroup, a chunk ahead: requests tiles (TMA by one thread, or
+// cp.async by all), gates and their running sums, norms of q and k, P. Norms go into the factors by
+// tokens, so that tiles hold q and k as given.
+// Shared memory a stage: q, k, T' (16-bit: two summands), P, dO; K = V = 128: 72 KB, up to 3
+// stages; K = 256, V tile of 64: 96 KB, 1 or 2.
+// Registers: K / 2 for dS^T, K / 4 for its operand, 3 C / 2 for X, Y and dO.
+// Bytes a chunk of V columns and C = 64: 2 (2 K + 2 V) C + 4 C^2 in; 2 C V + 2 K V out.
+// FLOPs 2 C V (3 K + 3 C) + 2 C^2 K. Bound by the chain's latency, below 110 chains by it alone.
+#pragma once
+#include "gated_delta/chunk_bwd_states_cta.cuh"
+#include "gated_delta/chunk_state.cuh"
+
+namespace df::cuda {
+// ---- products' operands and results by columns, which are tokens
+__device__ inline float2 column_pair(const float* x, int n) {
+  return *reinterpret_cast<const float2*>(x + fragment_col(n, 0));
+}
+
+template <class E, int kK>
+__device__ inline void scale_tokens(Fragment<E, kK>& a, const float* factors) {
+  if constexpr (sizeof(E) == 2) {
+#pragma unroll
+    for (int k = 0; k < kK / 16; ++k)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 by = column_pair(factors, 2 * k + i / 2), x = unpack<E>(a.r[k][i]);
+        a.r[k][i] = pack<E>(x.x * by.x, x.y * by.y);
+      }
+  } else {
+#pragma unroll
+    for (int k = 0; k < kK / 8; ++k) {
+      const float2 by = column_pair(factors, k);
+      a.r[k][0] *= by.x, a.r[k][1] *= by.y, a.r[k][2] *= by.x, a.r[k][3] *= by.y;
+    }
+  }
+}
+template <int kN>
+__device__ inline void scale_tokens(float (&c)[kN][4], const float* factors) {
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+    const float2 by = column_pair(factors, n);
+    c[n][0] *= by.x, c[n][1] *= by.y, c[n][2] *= by.x, c[n][3] *= by.y;
+  }
+}
+
+// Lanes t and t + 1 have the columns 2 t to 2 t + 3 of two tiles of 8 columns: afterwards the even
+// lane has four neighbours of the first, the odd lane of the second, 8 bytes each.
+__device__ inline uint2 exchange_pair(uint32_t first, uint32_t second) {
+  const bool odd = threadIdx.x % 2;
+  const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? first : second, 1);
+  return odd ? uint2{other, second} : uint2{first, other};
+}
+__device__ inline int exchanged_col() {  // of a pair of tiles
+  return threadIdx.x % 2 * 8 + threadIdx.x % 4 / 2 * 4;
+}
+// A fragment to 64 rows of `to`, those of its columns that are below `cols`, a multiple of 64.
+template <class E, int kK>
+__device__ inline void store_state_rows(const Fragment<E, kK>& a, E* to, int stride, int cols) {
+  E* const first = to + fragment_row(0) * stride;
+  if constexpr (sizeof(E) == 2) {
+#pragma unroll
+    for (int k = 0; k < kK / 16; ++k) {
+      const uint2 above = exchange_pair(a.r[k][0], a.r[k][2]);
+      const uint2 below = exchange_pair(a.r[k][1], a.r[k][3]);
+      E* const at = first + 16 * k + exchanged_col();
+      if (16 * k >= cols) continue;
+      *reinterpret_cast<uint2*>(at) = above;
+      *reinterpret_cast<uint2*>(at + 8 * stride) = below;
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < kK / 8; ++k) {
+      float* const at = first + fragment_col(k, 0);
+      if (8 * k >= cols) continue;
+      *reinterpret_cast<float2*>(at) = {a.r[k][0], a.r[k][1]};
+      *reinterpret_cast<float2*>(at + 8 * stride) = {a.r[k][2], a.r[k][3]};
+    }
+  }
+}
+
+// c^T to `rows` rows (c's columns) of `to`, of which cols columns exist.
+template <class E, int kN>
+__device__ inline void store_tokens(const float (&c)[kN][4], E* to, int64_t stride, int rows,
+                                    int cols) {
+  const int warp_col = threadIdx.x % 128 / 32 * 16;
+  if constexpr (sizeof(E) == 2) {
+    const int row = threadIdx.x % 32 / 4, col = warp_col + exchanged_col();
+    E* at = to + row * stride + col;
+#pragma unroll
+    for (int n = 0; n < kN; ++n, at += 8 * stride) {
+      const uint2 four = exchange_pair(transpose8(pack<E>(c[n][0], c[n][1])),
+                                       transpose8(pack<E>(c[n][2], c[n][3])));
+      if (8 * n + row >= rows) continue;
+      if (stride % 4 == 0) {
+        if (col < cols) *reinterpret_cast<uint2*>(at) = four;
+      } else {
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          if (col + e < cols) at[e].bits = uint16_t((e < 2 ? four.x : four.y) >> e % 2 * 16);
+      }
+    }
+  } else {
+    const int row = anew(fragment_col(0, 0)), col = fragment_row(0);
+    float* at = to + row * stride + col;
+#pragma unroll
+    for (int n = 0; n < kN; ++n, at += 8 * stride)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (8 * n + row + i % 2 < rows && col + i / 2 * 8 < cols)
+          at[i % 2 * stride + i / 2 * 8] = c[n][i];
+  }
+}
+
+// The summary of a segment: a state [rows, Kp] of dH^T, of M behind it, and this V tile's row in
+// it.
+struct StatesSummary {
+  float* state;
+  ChunkShape shape;
+  int row;
+};
+template <class C>
+__device__ inline StatesSummary summary_of(const C& c, int v0) {
+  const int64_t K = pad64(c.p.in.shape.K), V = pad64(c.p.in.shape.V), HV = c.p.in.shape.HV;
+  const bool of_V = v0 < V;
+  StatesSummary s;
+  s.shape.K = K, s.shape.V = of_V ? V : K;
+  s.row = of_V ? v0 : v0 - int(V);
+  s.state = (of_V ? c.p.segments.states : c.p.segments.transitions) +
+            (c.walk().segment * HV + c.walk().head) * s.shape.V * K;
+  return s;
+}
+
+// beta o dU^T = beta o (del o (dS^T K^T) + dO^T P) of one V tile, as an operand A; leaves dS
+// behind.
+template <class M, class C>
+__device__ inline void output_gradients(const C& c, int stage, int group, int chunk,
+                                        float (&dS)[C::kK / 8][4],
+                                        Fragment<typename C::E, C::kC>& dU) {
+  using E = typename C::E;
+  constexpr int kC = C::kC, kSlice = C::kK > 128 ? 64 : C::kK;  // all of K at once if registers do
+  constexpr bool kBeside = M::kAsync && kSlice == C::kK;        // dO^T P beside the other product
+  const auto tiles = c.stage(stage);
+  const auto& f = c.factors(stage);
+  const int Kp = (int(c.p.in.shape.K) + 63) & ~63;
+  E* const to = c.kept(c.p.dstates, chunk) + (c.walk().v0 + 64 * group) * Kp;
+  Accumulator<kC> X, Y;
+  Fragment<E, kC> dO;
+  clear<kC>(X), clear<kC>(Y);
+  if (kBeside) load_fragment<kC>(dO, tiles.d_o(group).along_mn());
+#pragma unroll
+  for (int k = 0; k < C::kK; k += kSlice) {
+    Fragment<E, kSlice> part;
+    to_fragment(reinterpret_cast<float(&)[kSlice / 8][4]>(dS[k / 8]), part);
+    if constexpr (kBeside) {
+      M::begin(X, Y, dO, part);
+      M::template mma<kC, kC>(Y, dO, tiles.P.along_mn());
+    } else {
+      M::begin(X, part);
+    }
+    M::template mma<kC, kSlice>(X, part, tiles.k.along_k().from(0, k));
+    M::commit();
+    if (!c.p.summary) store_state_rows(part, to + k, Kp, Kp - k);
+    M::template wait<0>(X, part);
+  }
+  scale_tokens(X, f.k);
+  if constexpr (kBeside) {
+    M::template wait<0>(Y, dO);
+#pragma unroll
+    for (int n = 0; n < kC / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) X[n][i] += Y[n][i];
+  } else {
+    load_fragment<kC>(dO, tiles.d_o(group).along_mn());
+    M::begin(X, dO);
+    M::template mma<kC, kC>(X, dO, tiles.P.along_mn());
+    M::commit();
+    M::template wait<0>(X, dO);
+  }
+  scale_tokens(X, f.beta);
+  to_fragment(X, dU);
+}
+
+// dS += a b. Without wgmma in parts of 64 columns, so that not too much of b is loaded ahead.
+template <class M, class E, int kC, int kN>
+__device__ inline void add_product(float (&dS)[kN][4], const Fragment<E, kC>& a,
+                                   Operand<E, Major::mn> b) {
+  if constexpr (M::kAsync) {
+    M::template mma<8 * kN, kC>(dS, a, b);
+  } else {
+#pragma unroll
+    for (int n = 0; n < kN; n += 8) {
+      M::template mma<64, kC>(reinterpret_cast<float(&)[8][4]>(dS[n]), a, b.from(0, 8 * n));
+      __syncwarp();
+    }
+  }
+}
+
+// One chunk of one V tile: dS of the state that leaves becomes that of the state that entered.
+template <class M, class C>
+__device__ inline void step_back(const C& c, int stage, int group, int chunk,
+                                 float (&dS)[C::kK / 8][4]) {
+  using E = typename C::E;
+  constexpr int kC = C::kC, kK = C::kK;
+  Fragment<E, kC> a, b;
+  output_gradients<M>(c, stage, group, chunk, dS, a);
+  const auto tiles = c.stage(stage);
+  const auto& f = c.factors(stage);
+  Accumulator<kC> dW;
+  clear<kC>(dW);
+  M::begin(dW, a);
+#pragma unroll
+  for (int part = 0; part < C::kParts; ++part)
+    M::template mma<kC, kC>(dW, a, tiles.inverse[part].along_mn());
+  M::commit();
+
+  load_fragment<kC>(b, tiles.d_o(group).along_mn());
+  scale_tokens(b, f.q);
+#pragma unroll
+  for (int n = 0; n < kK / 8; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) dS[n][i] *= f.decay;
+  M::begin(dS, b);
+  add_product<M>(dS, b, tiles.q.along_mn());
+  M::commit();
+  M::template wait<1>(dW, a);
+
+  const ChunkShape& s = c.p.in.shape;
+  const int v0 = c.walk().v0 + 64 * group;
+  E* const to = static_cast<E*>(c.p.dv) +
+                ((c.walk().sequence.batch * s.T + c.first(chunk)) * s.HV + c.walk().head) * s.V +
+                v0;
+  if (!c.p.summary) store_tokens(dW, to, s.HV * s.V, c.rows(chunk), int(s.V) - v0);
+  scale_tokens(dW, f.w);
+  to_fragment(dW, a);
+  M::begin(a);
+  add_product<M>(dS, a, tiles.k.along_mn());
+  M::commit();
+  M::template wait<0>(dS, a, b);
+}
+
+// P = sc Gam o P, norms included, for lanes that have rows `row` and row + 8. Selected, since above
+// the diagonal decays may be infinite.
+template <int kC>
+__device__ inline void lower_attention(const TokenTable<kC>& t, int row, float scale,
+                                       float (&P)[kC / 8][4]) {
+  const float2 G[2] = {t.G[row], t.G[row + 8]};
+  const float by[2] = {scale * t.rq[row], scale * t.rq[row + 8]};
+#pragma unroll
+  for (int n = 0; n < kC / 8; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int col = fragment_col(n, i);
+      const float2 from = t.G[col], to = G[i / 2];
+      const float decay = exp2_fast((to.x - from.x) + (to.y - from.y));
+      P[n][i] = row + i / 2 * 8 < col ? 0 : P[n][i] * decay * (by[i / 2] * t.rk[col]);
+    }
+}
+
+// P = sc Gam o (Q K^T) and the factors of a chunk, by the 128 threads of the last warpgroup.
+template <class M, class C>
+__device__ inline void prepare(const C& c, int stage, int chunk, int thread) {
+  constexpr int kC = C::kC;
+  const auto tiles = c.stage(stage);
+  const int rows = c.rows(chunk);
+  const ChunkCuda& in = c.p.in;
+  auto& t = c.tokens();
+  if (M::kAsync && rows < kC) {
+    clear_rows<128>(tiles.q, rows, thread), clear_rows<128>(tiles.k, rows, thread);
+    for (int group = 0; group < c.groups; ++group) clear_rows<128>(tiles.d_o(group), rows, thread);
+    M::stores_visible();
+  }
+  named_barrier_sync(1, 128);  // tokens, zeros, and where every thread copied: all tiles
+  Accumulator<kC> P;
+  clear<kC>(P);
+  if (thread / 32 * 16 < kC) {
+    M::begin(P);
+    M::template mma<kC, C::kK>(P, tiles.q.along_k(), tiles.k.along_k());
+    M::commit();
+  }
+  row_norms<128>(tiles.q, in.l2norm, thread, t.rq);
+  row_norms<128>(tiles.k, in.l2norm, thread, t.rk);
+  M::template wait<0>(P);
+  named_barrier_sync(1, 128);
+  if (thread < kC) {
+    auto& f = c.factors(stage);
+    f.q[thread] = in.scale * t.gam[thread] * t.rq[thread];
+    f.k[thread] = t.del[thread] * t.rk[thread];
+    f.w[thread] = -t.gam[thread] * t.rk[thread];
+    f.beta[thread] = t.beta[thread];
+    if (thread == 0) f.decay = t.chunk_decay;
+  }
+  const int row = fragment_row(0);
+  if (row < kC) lower_attention<kC>(t, row, in.scale, P);
+  if (thread / 32 * 16 < kC) store_tile<kC>(P, tiles.P);
+  M::stores_visible();
+}
+
+// By the preparing warpgroup: tiles of the chunk of a step into a stage; `phase` is that of its
+// barriers for this step.
+template <class M, class C>
+__device__ inline void request(const C& c, const StatesMaps<M::kAsync>& maps, bool vectors,
+                               int step, int stage, int phase, int thread) {
+  if (step >= c.walk().chunks || (M::kAsync && thread)) return;
+  const int chunk = c.walk().chunks - 1 - step;
+  if (step >= c.stages) mbarrier_wait(c.empty(stage), phase ^ 1);
+  if constexpr (M::kAsync) {
+    load_stage(c, maps, chunk, stage);
+  } else {
+    load_stage(c, vectors, chunk, stage, thread);
+    mbarrier_arrive_after_cp_async(c.loaded(stage));
+  }
+}
+
+// The state warpgroups are a chunk behind this one; a third stage is requested a chunk before.
+template <class M, class C>
+__device__ inline void prepare_all(const C& c, const StatesMaps<M::kAsync>& maps, bool vectors) {
+  const int ahead = c.stages > 2 ? 1 : 0;
+  StatesRing ring{c.stages}, requested{c.stages};
+#pragma unroll 1
+  for (int step = -ahead; step < c.walk().chunks; ++step) {
+    const int thread = thread_anew() % 128;
+    request<M>(c, maps, vectors, step + ahead, requested.stage, requested.phase, thread);
+    requested.next();
+    if (step < 0) continue;
+    const int chunk = c.walk().chunks - 1 - step;
+    if (thread < 32)
+      load_tokens(c.p.in, c.walk().sequence.batch, c.first(chunk), c.rows(chunk), c.walk().head,
+                  c.tokens());
+    mbarrier_wait(c.loaded(ring.stage), ring.phase);
+    prepare<M>(c, ring.stage, chunk, thread);
+    __syncwarp();
+    if (thread % 32 == 0) mbarrier_arrive(c.ready(ring.stage));
+    named_barrier_sync(1, 128);  // before the table is written again
+    ring.next();
+  }
+}
+
+template <class C>
+__device__ inline float* state_of(const C& c, float* states) {
+  const ChunkShape& s = c.p.in.shape;
+  return states + (c.walk().n * s.HV + c.walk().head) * s.K * s.V;
+}
+
+// dS^T that leaves the chain or its segment. A summary starts from zero, the rows of M from the
+// identity.
+template <class C>
+__device__ inline void load_leaving(const C& c, int v0, float (&dS)[C::kK / 8][4]) {
+  const int behind = v0 - int(pad64(c.p.in.shape.V));
+  if (behind >= 0) {
+#pragma unroll
+    for (int n = 0; n < C::kK / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) dS[n][i] = behind + fragment_row(i) == fragment_col(n, i);
+  } else if (c.walk().last) {
+    if (c.p.d_final_state)
+      load_state(state_of(c, const_cast<float*>(c.p.d_final_state)), c.p.in.state_v_first,
+                 c.p.in.shape, v0, dS);
+  } else if (!c.p.summary) {
+    const StatesSummary s = summary_of(c, v0);
+    load_state(s.state, true, s.shape, s.row, dS);
+  }
+}
+
+template <class M, class C>
+__device__ inline void walk_back(const C& c, int group) {
+  Accumulator<C::kK> dS;
+  clear<C::kK>(dS);
+  load_leaving(c, c.walk().v0 + 64 * group, dS);
+  StatesRing ring{c.stages};
+#pragma unroll 1
+  for (int chunk = c.walk().chunks - 1; chunk >= 0; --chunk) {
+    mbarrier_wait(c.loaded(ring.stage), ring.phase);
+    mbarrier_wait(c.ready(ring.stage), ring.phase);
+    step_back<M>(c, ring.stage, anew(group), chunk, dS);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(c.empty(ring.stage));
+    ring.next();
+  }
+  const int v0 = c.walk().v0 + 64 * group;
+  if (c.p.summary) {
+    const StatesSummary s = summary_of(c, v0);
+    store_state(s.state, true, s.shape, s.row, dS);
+  } else if (c.p.d_initial_state && c.walk().first) {
+    store_state(state_of(c, c.p.d_initial_state), c.p.in.state_v_first, c.p.in.shape, v0, dS);
+  }
+}
+
+template <class M, class C>
+__global__ void __launch_bounds__(C::kThreads, 1)
+    chunk_bwd_states_kernel(const __grid_constant__ ChunkBwdCuda p,
+                            const __grid_constant__ StatesMaps<M::kAsync> maps, int groups,
+                            int stages, bool vectors) {
+  extern __shared__ __align__(1024) char memory[];
+  const C c{p, groups, stages, memory};
+  const int rows = int(pad64(p.in.shape.V) + (p.summary ? pad64(p.in.shape.K) : 0));
+  if (threadIdx.x == 0) {
+    c.walk() = walk_of<C::kC>(p.in, p.segments.chunks, blockIdx.x, rows / 64 / groups, 64 * groups);
+    if (shared_address(memory) % 1024) __trap();
+    for (int i = 0; i < stages; ++i) {
+      mbarrier_init(c.loaded(i), M::kAsync ? 1 : 128);
+      mbarrier_init(c.ready(i), 4);
+      mbarrier_init(c.empty(i), 4 * groups);
+    }
+#if __CUDA_ARCH__ >= 900
+    mbarrier_fence_init();
+#endif
+  }
+  __syncthreads();
+  // a slot without tokens; of a summary, nothing asks for what the first segment makes of dS, nor
+  // for the last one's M
+  const Walk& w = c.walk();
+  if (w.chunks < 0 || (p.summary && (w.first || (w.last && w.v0 >= pad64(p.in.shape.V))))) return;
+  const int group = threadIdx.x / 128;
+#if __CUDA_ARCH__ >= 900
+  if constexpr (M::kAsync && C::kMaxGroups == 2) {  // 168 registers a thread at the start
+    if (group == groups)
+      registers_down<96>();
+    else
+      registers_up<208>();
+  }
+#endif
+  if (group == groups)
+    prepare_all<M>(c, maps, vectors);
+  else
+    walk_back<M>(c, group);
+}
+
+// ---- launch
+// As many stages as fit, up to three; two V tiles a CTA if that leaves no SM without one.
+template <class M, class C>
+int chunk_bwd_states_launch(const ChunkBwdCuda& p, const StatesMaps<M::kAsync>& maps,
+                            void* stream) {
+  const auto kernel = chunk_bwd_states_kernel<M, C>;
+  int device = 0, most = 0, sms = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+  const ChunkShape& s = p.in.shape;
+  const int64_t length = p.segments.chunks;
+  const int64_t chains = (length ? segment_slots(p.in, length) : p.in.N) * s.HV;
+  const int64_t tiles = (pad64(s.V) + (p.summary ? pad64(s.K) : 0)) / 64;
+  const int groups = C::kMaxGroups == 2 && tiles % 2 == 0 && chains * tiles / 2 >= sms ? 2 : 1;
+  int stages = 3;
+  while (stages > 1 && C::bytes(groups, stages) > most) --stages;
+  const int bytes = C::bytes(groups, stages);
+  const cudaError_t e =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (e != cudaSuccess) return e;
+  const ChunkCuda& in = p.in;
+  const bool vectors = whole_vectors(tma_keys(in, in.q)) && whole_vectors(tma_keys(in, in.k)) &&
+                       whole_vectors(tma_values(in, p.d_o));
+  kernel<<<chains * tiles / groups, 128 * (groups + 1), bytes, static_cast<cudaStream_t>(stream)>>>(
+      p, maps, groups, stages, vectors);
+  return cudaSuccess;
+}
+
+template <class M, class E>
+int chunk_bwd_states_by_size(const ChunkBwdCuda& p, const StatesMaps<M::kAsync>& maps,
+                             void* stream) {
+  if (p.in.shape.K <= 64) return chunk_bwd_states_launch<M, StatesCta<E, 64>>(p, maps, stream);
+  if (p.in.shape.K <= 128) return chunk_bwd_states_launch<M, StatesCta<E, 128>>(p, maps, stream);
+  return chunk_bwd_states_launch<M, StatesCta<E, 256>>(p, maps, stream);
+}
+
+template <class E>
+int chunk_bwd_states_tma(const ChunkBwdCuda& p, void* stream) {
+  const ChunkCuda& in = p.in;
+  const ChunkShape& s = in.shape;
+  StatesMaps<true> maps;
+  cudaError_t e = cudaSuccess;
+  const auto make = [&](CUtensorMap* map, const Tensor4& x) {
+    if (e == cudaSuccess) e = make_tensor_map(map, x, int(s.C));
+  };
+  make(&maps.q, tma_keys(in, in.q)), make(&maps.k, tma_keys(in, in.k));
+  make(&maps.d_o, tma_values(in, p.d_o));
+  make(&maps.inverse, {p.inverse.data,
+                       in.q.dtype,
+                       {s.C, s.HV, 2 * s.C, in.slots()},
+                       {p.inverse.head, s.C, p.inverse.slot}});
+  return e == cudaSuccess ? chunk_bwd_states_by_size<Sm90, E>(p, maps, stream) : int(e);
+}
+}  // namespace df::cuda

@@ -1,0 +1,6 @@
+// chunk_bwd_states.cuh for f16 on mma.sync.
+#include "gated_delta/chunk_bwd_states.cuh"
+
+int df::chunk_bwd_states_f16(const ChunkBwdCuda& args, void* stream) {
+  return cuda::chunk_bwd_states_by_size<cuda::Sm80, f16>(args, {}, stream);
+}

@@ -1,0 +1,6 @@
+// chunk_bwd_states.cuh for f16 on wgmma.
+#include "gated_delta/chunk_bwd_states.cuh"
+
+int df::chunk_bwd_states_f16_sm90(const ChunkBwdCuda& args, void* stream) {
+  return cuda::chunk_bwd_states_tma<f16>(args, stream);
+}

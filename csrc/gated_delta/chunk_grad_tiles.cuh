@@ -1,0 +1,150 @@
+// Of the kernel of chunk_bwd_chunks.cuh: its configurations, what lies in shared memory, and access
+// to it in the order of an accumulator.
+#pragma once
+#include "common/cuda/mma_sm80.cuh"
+#include "gated_delta/chunk_bwd_cuda.h"
+#include "gated_delta/chunk_device.cuh"
+
+namespace df::cuda {
+template <class Arch_, class E_, int kK_>
+struct ChunkGradConfig {
+  using Arch = Arch_;
+  using E = E_;
+  static constexpr int kK = kK_, kC = sizeof(E) == 2 ? 64 : 32, kV = kC;
+  static constexpr int kGroupThreads = 2 * kC, kThreads = 2 * kGroupThreads;
+  static constexpr int kWarps = kC / 16;  // of a group
+  // where registers are rare: products of fewer columns of K at once, operands from shared memory
+  static constexpr int kPanel = !Arch::kAsync && kK > 128 ? 32 : 64;
+  static constexpr bool kFragments = kK <= (Arch::kAsync ? 128 : 64);
+  static constexpr bool kOneState = !Arch::kAsync && sizeof(E) == 2 && kK == 256;
+  using KeyTile = Tile<E, kC, kK>;
+  using StateTile = Tile<E, kV, kK>;
+  using SquareTile = Tile<E, kC, kC>;  // C x C, and C x one tile of V
+};
+
+// Where rows of a chunk come from: rows t and heads h elements apart.
+struct ChunkRows {
+  const void* first;  // of head 0
+  int64_t t, h;
+  int64_t vectors;  // whether they can be copied by whole 16 bytes
+};
+
+// What the CTA works on, prepared once: in shared memory, since registers are rare.
+struct alignas(16) ChunkGradPlace {
+  ChunkRows v, dO, dW;
+  ChunkRows states, dstates, inverse;  // h only
+  int64_t first;                       // token
+  int slot, key_head, batch, rows;
+  uint32_t tiles, zero;  // where the tiles are; 0
+};
+
+template <class C>
+struct ChunkGradScalars {
+  ChunkGradPlace place;
+  TokenTable<C::kC> table[2];          // of this head and the next; the norms in the first
+  float columns[2][C::kWarps][C::kC];  // sums over a warp's rows, of queries and keys
+  float rectangle[2][C::kC];           // sum_{i>=t>j} Z_ij, their parts
+  float rho[C::kC], kap[C::kC];        // kap without beta
+  float inner[C::kWarps];              // <S0, dS> by warp
+};
+
+// The tiles, one after the other in shared memory, and the scalars behind them.
+template <class C>
+struct ChunkGradTiles {
+  using KeyTile = typename C::KeyTile;
+  using StateTile = typename C::StateTile;
+  using SquareTile = typename C::SquareTile;
+  static constexpr int kState = 2 * KeyTile::kBytes;
+  static constexpr int kSquare = kState + (C::kOneState ? 1 : 2) * StateTile::kBytes;
+  static constexpr int kScalars = kSquare + 6 * SquareTile::kBytes;
+  // One accumulator a thread, C x C: `square` between the tiles of V where registers are rare,
+  // and gram, each where it fits.
+  static constexpr int kLimit = (C::Arch::kAsync ? 227 : 163) * 1024;
+  static constexpr int kAccumulators = C::kThreads * C::kC * 2;
+  static constexpr int kKept = kScalars + int(sizeof(ChunkGradScalars<C>) + 15) / 16 * 16;
+  static constexpr bool kKeepsSquare = C::kK > 128 && kKept + kAccumulators <= kLimit;
+  static constexpr int kGram = kKept + (kKeepsSquare ? kAccumulators : 0);
+  static constexpr bool kKeepsGram = kGram + kAccumulators <= kLimit;
+  static constexpr int kBytes = kGram + (kKeepsGram ? kAccumulators : 0);
+  static_assert(kBytes <= kLimit);
+  uint32_t base;
+
+  __device__ KeyTile key(int i) const { return {base + i * KeyTile::kBytes}; }  // q, k: as given
+  __device__ StateTile s() const { return {base + kState}; }                    // S0^T
+  __device__ StateTile ds() const {                                             // dS^T
+    return {base + kState + (C::kOneState ? 0 : StateTile::kBytes)};
+  }
+  // T' and what its rounding left; after their last use dP and dKK
+  __device__ SquareTile square(int i) const { return {base + kSquare + i * SquareTile::kBytes}; }
+  __device__ SquareTile a(int i) const { return square(2 + i); }  // dO, dW
+  __device__ SquareTile v() const { return square(4); }
+  __device__ SquareTile w() const { return square(5); }  // W, then E
+};
+
+// The two neighbouring elements of this lane in rows `row` and 8 columns 8 n of a tile, as in an
+// accumulator; `first` is where n = 0 stands. The unit of 16 bytes is changed behind the swizzle.
+template <class T>
+__device__ inline uint32_t pair_address(uint32_t first, int n) {
+  constexpr int kBytes = 8 * int(sizeof(typename T::E)), kPerPanel = 128 / kBytes;
+  return (first ^ uint32_t(n % kPerPanel * kBytes)) + uint32_t(n / kPerPanel * T::kRows * 128);
+}
+template <class T>
+__device__ inline float2 load_pair_of(uint32_t first, int n) {
+  using E = typename T::E;
+  if constexpr (sizeof(E) == 2) {
+    uint32_t both;
+    asm volatile("ld.shared.b32 %0, [%1];"
+                 : "=r"(both)
+                 : "r"(pair_address<T>(first, n))
+                 : "memory");
+    return unpack<E>(both);
+  } else {
+    return sm80::load_two(pair_address<T>(first, n));
+  }
+}
+template <class T>
+__device__ inline void store_pair_of(uint32_t first, int n, float x, float y) {
+  using E = typename T::E;
+  const uint32_t to = pair_address<T>(first, n);
+  if constexpr (sizeof(E) == 2)
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(pack<E>(x, y)) : "memory");
+  else
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(x), "f"(y) : "memory");
+}
+__device__ inline uint4 load_unit(uint32_t address) {
+  uint4 x;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(address)
+               : "memory");
+  return x;
+}
+template <class E>
+__device__ inline float dot_words(uint32_t x, uint32_t y) {
+  if constexpr (sizeof(E) == 2) {
+    const float2 a = unpack<E>(x), b = unpack<E>(y);
+    return a.x * b.x + a.y * b.y;
+  } else {
+    return __uint_as_float(x) * __uint_as_float(y);
+  }
+}
+
+// The rows g of a fragment times factor[0], g + 8 times factor[1].
+template <int kN, class E>
+__device__ inline void scale_fragment(Fragment<E, kN>& a, const float (&factor)[2]) {
+  if constexpr (sizeof(E) == 2) {
+#pragma unroll
+    for (int k = 0; k < kN / 16; ++k)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 x = unpack<E>(a.r[k][i]);
+        a.r[k][i] = pack<E>(x.x * factor[i % 2], x.y * factor[i % 2]);
+      }
+  } else {
+#pragma unroll
+    for (int k = 0; k < kN / 8; ++k)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a.r[k][i] *= factor[i / 2];
+  }
+}
+}  // namespace df::cuda
