@@ -102,7 +102,7 @@ __device__ inline void store_tokens(const float (&c)[kN][4], E* to, int64_t stri
       const uint2 four = exchange_pair(transpose8(pack<E>(c[n][0], c[n][1])),
                                        transpose8(pack<E>(c[n][2], c[n][3])));
       if (8 * n + row >= rows) continue;
-      if (stride % 4 == 0) {
+      if (cols % 4 == 0) {
         if (col < cols) *reinterpret_cast<uint2*>(at) = four;
       } else {
 #pragma unroll

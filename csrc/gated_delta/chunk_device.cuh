@@ -1,11 +1,10 @@
 // What all CUDA kernels of the chunk form do around their products: from a block to a chunk of a
 // sequence, the table of a chunk's tokens, the norms of rows.
 #pragma once
-#include "common/cuda/math.cuh"
 #include "common/cuda/reduce.cuh"
 #include "common/cuda/tile.cuh"
 #include "gated_delta/chunk_cuda.h"
-#include "gated_delta/input.cuh"
+#include "gated_delta/head_gate.cuh"
 
 namespace df::cuda {
 struct Span {  // a sequence: tokens [begin, end) of row `batch`; the slot of its first chunk
@@ -55,17 +54,6 @@ __device__ inline ChunkPlace chunk_place(const ChunkCuda& p, int64_t slot) {
   return chunk_place(p, slot, p.shape.C);
 }
 
-struct HeadGate {  // g = rate softplus(a + bias) if fused, else as given
-  bool fused;
-  float rate, bias;
-};
-__device__ inline HeadGate head_gate(const PreActivation& pre, int64_t head) {
-  if (!pre.A_log.data) return {false, 0, 0};
-  return {true, -expf(load_any(pre.A_log, head)),
-          pre.dt_bias.data ? load_any(pre.dt_bias, head) : 0};
-}
-constexpr float kMinGate = -88;  // -inf means a reset, NaN stays NaN
-
 // 2^x, to 2 ulp; 0 for x below -126.
 __device__ inline float exp2_fast(float x) {
   float y;
@@ -94,11 +82,11 @@ struct TokenTable {
 struct Token {
   float raw, g, beta;  // the argument g; that after the gate, not clamped; beta after the sigmoid
 };
-__device__ inline Token load_token(const ChunkCuda& p, const HeadGate& gate, int64_t batch,
+__device__ inline Token load_token(const ChunkCuda& p, const HeadGate& h, int64_t batch,
                                    int64_t token, int64_t head) {
   Token x;
   x.raw = load_any(p.g, offset(p.g, batch, token, head));
-  x.g = gate.fused ? gate.rate * softplus(x.raw + gate.bias) : x.raw;
+  x.g = gate(h, x.raw);
   x.beta = load_any(p.beta, offset(p.beta, batch, token, head));
   if (p.pre.sigmoid_scale > 0) x.beta = float(p.pre.sigmoid_scale) * sigmoid(x.beta);
   return x;
@@ -110,15 +98,15 @@ __device__ inline void load_tokens(const ChunkCuda& p, int64_t batch, int64_t fi
                                    int64_t head, TokenTable<kC>& table) {
   constexpr double kLog2e = 1.4426950408889634;
   const int lane = threadIdx.x % 32;
-  const HeadGate gate = head_gate(p.pre, head);
+  const HeadGate of_head = head_gate(p.pre, head);
   double sums[kC / 32], before = 0;
 #pragma unroll
   for (int part = 0; part < kC / 32; ++part) {
     const int i = part * 32 + lane;
     Token x{0, 0, 0};
-    if (i < rows) x = load_token(p, gate, batch, first + i, head);
+    if (i < rows) x = load_token(p, of_head, batch, first + i, head);
     table.beta[i] = x.beta;
-    double sum = x.g < kMinGate ? kMinGate : x.g;
+    double sum = clamp_gate(x.g);
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
       const double other = __shfl_up_sync(0xffffffffu, sum, step);

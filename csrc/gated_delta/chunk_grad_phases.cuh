@@ -400,7 +400,7 @@ struct ChunkGrads {
       const bool clamped = x.g < kMinGate;
       if (clamped) dg = 0;
       if (gate.fused) {
-        sums[0] += dg * (clamped ? kMinGate : x.g);
+        sums[0] += dg * clamp_gate(x.g);
         dg *= gate.rate * sigmoid(x.raw + gate.bias);
         sums[1] += dg;
       }

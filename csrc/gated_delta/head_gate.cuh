@@ -27,7 +27,8 @@ __device__ inline HeadGate head_gate(const PreActivation& pre, int64_t head) {
 __device__ inline float gate(const HeadGate& h, float a) {  // not clamped
   return h.fused ? h.rate * softplus(a + h.bias) : a;
 }
+constexpr float kMinGate = -88;  // -inf means a reset
 __device__ inline float clamp_gate(float g) {
-  return g < -88 ? -88 : g;  // not fmaxf: NaN stays NaN
+  return g < kMinGate ? kMinGate : g;  // not fmaxf: NaN stays NaN
 }
 }  // namespace df::cuda
