@@ -354,6 +354,14 @@ def test_every_mode(emulated_with, variant, mode):
 
 
 @pytest.mark.emulated
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_scan_in_every_mode(emulated_with, mode):
+    x = make(Case(T=16 * 32, HV=1, K=16, V=8), F32)
+    with emulated_with(**mode):
+        check(x, given={"auto_cp": True})
+
+
+@pytest.mark.emulated
 @pytest.mark.parametrize("variant", ["TMA", "packed segments", "float"])
 def test_equal_bits_in_every_schedule(emulated_with, variant):
     name, dtype, options = VARIANTS[variant]
