@@ -82,7 +82,10 @@ struct Scan {
       else
         cp_async_wait<0>();
       __syncthreads();
-      Sm80::mma<kK, 32>(S, state().along_k().from(0, 32 * block), rows(block).along_mn());
+#pragma unroll 1
+      for (int c = 0; c < 32; c += 8)  // unrolled, loads ahead would take too many registers
+        Sm80::mma<kK, 8>(S, state().along_k().from(0, 32 * block + c),
+                         rows(block).along_mn().from(c, 0));
       __syncthreads();
     }
   }
