@@ -84,6 +84,12 @@ KERNELS = [
     Kernel(r"chunk_fwd.*Sm80EfLi\d+ELi1E", 3, 255, ("HMMA.1688.F32.TF32", "LDGSTS.E.BYPASS.128")),
     Kernel(r"chunk_fwd.*Sm90.*ELi\d+ELi2E", 8, 168, ("HGMMA.64x64x16", "UTMALDG.4D"), WGMMA),
     Kernel(r"chunk_fwd.*Sm90.*ELi\d+ELi1E", 12, 255, ("HGMMA.64x64x16", "UTMALDG.4D"), WGMMA),
+    Kernel(r"bwd_states.*Sm80.*f16ELi(64|128)E", 4, 168, ("HMMA.16816.F32", "MOVM.16.MT88")),
+    Kernel(r"bwd_states.*Sm80.*f16ELi256E", 2, 255, ("HMMA.16816.F32", "LDSM.16.MT88.4")),
+    Kernel(r"bwd_states.*Sm80.*IfLi64E", 1, 168, ("HMMA.1688.F32.TF32", "STG.E.64")),
+    Kernel(r"bwd_states.*Sm80.*IfLi(128|256)E", 2, 255, ("HMMA.1688.F32.TF32", "STG.E.64")),
+    Kernel(r"bwd_states.*Sm90.*Li(64|128)E", 4, 168, ("HGMMA.64x64x16", "UTMALDG.4D"), WGMMA),
+    Kernel(r"bwd_states.*Sm90.*Li256E", 2, 255, ("HGMMA.64x64x16", "UTMALDG.4D"), WGMMA),
     Kernel(r"chunk_scan_kernel", 3, 255, ("HMMA.1688.F32.TF32", "LDGSTS.E.BYPASS.128")),
     Kernel(r"chunk_zero_tail_kernel", 1, 64, ("STG.E.128",)),
 ]
