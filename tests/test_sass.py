@@ -112,6 +112,12 @@ KERNELS = [
     Kernel(r"chunk_fwd.*Sm80EfLi\d+ELi1E", 3, 255, ("HMMA.1688.F32.TF32", "LDGSTS"), stack=48),
     Kernel(r"chunk_fwd.*Sm90.*ELi\d+ELi2E", 8, 168, ("HGMMA.64x64x16", "UTMALDG.4D"), HOPPER),
     Kernel(r"chunk_fwd.*Sm90.*ELi\d+ELi1E", 12, 255, ("HGMMA.64x64x16", "UTMALDG.4D"), HOPPER),
+    Kernel(r"bwd_states.*Sm80.*f16ELi(64|128)E", 4, 168, ("HMMA.16816.F32", "MOVM.16.MT88")),
+    Kernel(r"bwd_states.*Sm80.*f16ELi256E", 2, 255, ("HMMA.16816.F32", "LDSM.16.MT88.4")),
+    Kernel(r"bwd_states.*Sm80.*IfLi64E", 1, 168, ("HMMA.1688.F32.TF32", "STG.E.64")),
+    Kernel(r"bwd_states.*Sm80.*IfLi(128|256)E", 2, 255, ("HMMA.1688.F32.TF32", "STG.E.64")),
+    Kernel(r"bwd_states.*Sm90.*Li(64|128)E", 4, 168, ("HGMMA.64x64x16", "UTMALDG.4D"), HOPPER),
+    Kernel(r"bwd_states.*Sm90.*Li256E", 2, 255, ("HGMMA.64x64x16", "UTMALDG.4D"), HOPPER),
     Kernel(r"chunk_scan_kernel", 3, 255, ("HMMA.1688.F32.TF32", "LDGSTS.E.BYPASS.128")),
     # one CTA of 8 or 4 warps an SM. dQ and dK of K > 128 take half of the registers: what is needed
     # once a tile is spilled; of K = 128 on mma.sync one such number on an sm_90, more of floats

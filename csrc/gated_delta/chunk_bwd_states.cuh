@@ -61,24 +61,26 @@ __device__ inline uint2 exchange_pair(uint32_t first, uint32_t second) {
   const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? first : second, 1);
   return odd ? uint2{other, second} : uint2{first, other};
 }
-__device__ inline int exchanged_col() {  // of a pair of tiles
-  return threadIdx.x % 2 * 8 + threadIdx.x % 4 / 2 * 4;
+__device__ inline int exchanged_col(int thread) {  // of a pair of tiles
+  return thread % 2 * 8 + thread % 4 / 2 * 4;
 }
 // A fragment to 64 rows of `to`, those of its columns that are below `cols`, a multiple of 64.
 template <class E, int kK>
 __device__ inline void store_state_rows(const Fragment<E, kK>& a, E* to, int stride, int cols) {
-  E* const first = to + fragment_row(0) * stride;
   if constexpr (sizeof(E) == 2) {
+    const int thread = thread_anew();
+    E* const first = to + (thread % 128 / 32 * 16 + thread % 32 / 4) * stride;
 #pragma unroll
     for (int k = 0; k < kK / 16; ++k) {
       const uint2 above = exchange_pair(a.r[k][0], a.r[k][2]);
       const uint2 below = exchange_pair(a.r[k][1], a.r[k][3]);
-      E* const at = first + 16 * k + exchanged_col();
+      E* const at = first + 16 * k + exchanged_col(thread);
       if (16 * k >= cols) continue;
       *reinterpret_cast<uint2*>(at) = above;
       *reinterpret_cast<uint2*>(at + 8 * stride) = below;
     }
   } else {
+    float* const first = to + fragment_row(0) * stride;
 #pragma unroll
     for (int k = 0; k < kK / 8; ++k) {
       float* const at = first + fragment_col(k, 0);
@@ -91,30 +93,30 @@ __device__ inline void store_state_rows(const Fragment<E, kK>& a, E* to, int str
 
 // c^T to `rows` rows (c's columns) of `to`, of which cols columns exist.
 template <class E, int kN>
-__device__ inline void store_tokens(const float (&c)[kN][4], E* to, int64_t stride, int rows,
+__device__ inline void store_tokens(const float (&c)[kN][4], E* to, int stride, int rows,
                                     int cols) {
-  const int warp_col = threadIdx.x % 128 / 32 * 16;
   if constexpr (sizeof(E) == 2) {
-    const int row = threadIdx.x % 32 / 4, col = warp_col + exchanged_col();
-    E* at = to + row * stride + col;
+    const int thread = thread_anew(), row = thread % 32 / 4;
+    const int col = thread % 128 / 32 * 16 + exchanged_col(thread);
+    int at = row * stride + col;
 #pragma unroll
-    for (int n = 0; n < kN; ++n, at += 8 * stride) {
+    for (int n = 0; n < kN; ++n, at = anew(at + 8 * stride)) {
       const uint2 four = exchange_pair(transpose8(pack<E>(c[n][0], c[n][1])),
                                        transpose8(pack<E>(c[n][2], c[n][3])));
       if (8 * n + row >= rows) continue;
       if (cols % 4 == 0) {
-        if (col < cols) *reinterpret_cast<uint2*>(at) = four;
+        if (col < cols) *reinterpret_cast<uint2*>(to + at) = four;
       } else {
 #pragma unroll
         for (int e = 0; e < 4; ++e)
-          if (col + e < cols) at[e].bits = uint16_t((e < 2 ? four.x : four.y) >> e % 2 * 16);
+          if (col + e < cols) to[at + e].bits = uint16_t((e < 2 ? four.x : four.y) >> e % 2 * 16);
       }
     }
   } else {
     const int row = anew(fragment_col(0, 0)), col = fragment_row(0);
-    float* at = to + row * stride + col;
+    float* at = to + row * int64_t(stride) + col;
 #pragma unroll
-    for (int n = 0; n < kN; ++n, at += 8 * stride)
+    for (int n = 0; n < kN; ++n, at += 8 * int64_t(stride))
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         if (8 * n + row + i % 2 < rows && col + i / 2 * 8 < cols)
@@ -148,8 +150,9 @@ __device__ inline void output_gradients(const C& c, int stage, int group, int ch
                                         float (&dS)[C::kK / 8][4],
                                         Fragment<typename C::E, C::kC>& dU) {
   using E = typename C::E;
-  constexpr int kC = C::kC, kSlice = C::kK > 128 ? 64 : C::kK;  // all of K at once if registers do
-  constexpr bool kBeside = M::kAsync && kSlice == C::kK;        // dO^T P beside the other product
+  constexpr int kC = C::kC;
+  constexpr int kSlice = C::kK > 128 ? 64 : C::kK;        // all of K at once if there are registers
+  constexpr bool kBeside = M::kAsync && kSlice == C::kK;  // dO^T P beside the other product
   const auto tiles = c.stage(stage);
   const auto& f = c.factors(stage);
   const int Kp = (int(c.p.in.shape.K) + 63) & ~63;
@@ -240,7 +243,7 @@ __device__ inline void step_back(const C& c, int stage, int group, int chunk,
   E* const to = static_cast<E*>(c.p.dv) +
                 ((c.walk().sequence.batch * s.T + c.first(chunk)) * s.HV + c.walk().head) * s.V +
                 v0;
-  if (!c.p.summary) store_tokens(dW, to, s.HV * s.V, c.rows(chunk), int(s.V) - v0);
+  if (!c.p.summary) store_tokens(dW, to, int(s.HV * s.V), c.rows(chunk), int(s.V) - v0);
   scale_tokens(dW, f.w);
   to_fragment(dW, a);
   M::begin(a);
@@ -382,7 +385,7 @@ __device__ inline void walk_back(const C& c, int group) {
   for (int chunk = c.walk().chunks - 1; chunk >= 0; --chunk) {
     mbarrier_wait(c.loaded(ring.stage), ring.phase);
     mbarrier_wait(c.ready(ring.stage), ring.phase);
-    step_back<M>(c, ring.stage, anew(group), chunk, dS);
+    step_back<M>(c, ring.stage, C::kMaxGroups == 1 ? 0 : anew(group), chunk, dS);
     __syncwarp();
     if (threadIdx.x % 32 == 0) mbarrier_arrive(c.empty(ring.stage));
     ring.next();
@@ -402,7 +405,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
                             const __grid_constant__ StatesMaps<M::kAsync> maps, int groups,
                             int stages, bool vectors) {
   extern __shared__ __align__(1024) char memory[];
-  const C c{p, groups, stages, memory};
+  const C c{p, C::kMaxGroups == 1 ? 1 : groups, stages, memory};
   const int rows = int(pad64(p.in.shape.V) + (p.summary ? pad64(p.in.shape.K) : 0));
   if (threadIdx.x == 0) {
     c.walk() = walk_of<C::kC>(p.in, p.segments.chunks, blockIdx.x, rows / 64 / groups, 64 * groups);
@@ -433,7 +436,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   if (group == groups)
     prepare_all<M>(c, maps, vectors);
   else
-    walk_back<M>(c, group);
+    walk_back<M>(c, C::kMaxGroups == 1 ? 0 : group);
 }
 
 // ---- launch
