@@ -1,0 +1,87 @@
+"""What only the emulator sees of the chunk form's forward: races, late copies, bytes, launches."""
+
+import pytest
+import torch
+
+from gated_delta_cases import Case, make
+from test_gated_delta_cuda import BF16, CASES, F16, F32, check, forward, leaves
+
+pytestmark = pytest.mark.emulated
+
+MODES = {
+    "race": {"race": True},
+    "race, shuffled 1": {"race": True, "seed": 1},
+    "race, shuffled 2": {"race": True, "seed": 2},
+    "strict": {"strict": True},
+    "early": {"async": "early"},
+}
+# case, dtype, options: TMA, whole vectors and elements; all widths of K; segments
+VARIANTS = {
+    "TMA": ("K128 V128", BF16, {}),
+    "TMA, high": ("K64 V128 group4", F16, {"precision": "high"}),
+    "wide": ("K256 V256", BF16, {"precision": "high"}),
+    "packed": ("packed", BF16, {}),
+    "packed segments": ("packed", BF16, {"auto_cp": True}),
+    "elements": ("elements", F16, {}),
+    "float": ("K128 V128", F32, {}),
+    "float, wide": ("K256 V256", F32, {"auto_cp": True}),
+}
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_mode(emulated_with, variant, mode):
+    name, dtype, options = VARIANTS[variant]
+    with emulated_with(**mode):
+        check(make(CASES[name], dtype), given=options)
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_scan_in_every_mode(emulated_with, mode):
+    x = make(Case(T=16 * 32, HV=1, K=16, V=8), F32)
+    with emulated_with(**mode):
+        check(x, given={"auto_cp": True})
+
+
+@pytest.mark.parametrize("variant", ["TMA", "packed segments", "float"])
+def test_equal_bits_in_every_schedule(emulated_with, variant):
+    name, dtype, options = VARIANTS[variant]
+    x, bits = make(CASES[name], dtype), []
+    for seed in range(3):
+        with emulated_with(seed=seed):
+            bits.append(forward(x, **options))
+    for other in bits[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(bits[0], other, strict=True))
+
+
+def size(*tensors):
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@pytest.mark.parametrize("K, V", [(64, 64), (128, 128), (256, 128)])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_bytes_and_bank_conflicts(emulated, K, V, dtype):
+    x = leaves(make(Case(T=192, H=1, HV=2, K=K, V=V), dtype))
+    with emulated.profile() as launches:
+        o, ht = forward(x)
+    (launch,) = launches
+    assert launch["unique_bytes_read"] <= 1.15 * size(*x.values())
+    assert launch["unique_bytes_written"] == size(o, ht)
+    for kind in ("load", "store"):
+        waves = launch[f"shared_{kind}_wavefronts"]
+        assert waves <= 1.1 * launch[f"shared_{kind}_wavefronts_ideal"], kind
+    assert launch["local_loads"] == launch["local_stores"] == 0
+
+
+def test_launches(emulated):
+    """One kernel; one more for a tail that may be there; two more for segments, if they pay."""
+    for name, options, count in (
+        ("K64 V64", {}, 1),
+        ("packed", {}, 2),
+        ("K64 V64", {"auto_cp": True}, 3),
+        ("long", {}, 3),
+    ):
+        case = CASES.get(name, Case(T=64 * 64, HV=1, K=16, V=8))
+        with emulated.profile() as launches:
+            forward(make(case, BF16), **options)
+        assert len(launches) == count
