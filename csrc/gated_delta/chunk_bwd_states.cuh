@@ -3,10 +3,12 @@
 //   dU = del o (K dS) + P^T (sc dO);   dV = dW = T'^T (beta o dU);   P = Gam o (Q K^T)
 //   dS <- e^{G_C} dS + Q^T (sc gam o dO) - K^T (gam o dW)
 // and leaves dV and the dS that enters each step to the kernel that does all chunks side by side.
+// A summary of segments (chunk_bwd_cuda.h) has K further rows of dS^T, with dO = 0: M.
 //
-// CTA = (sequence, value head, 1 or 2 V tiles of 64 columns): a state warpgroup for each V tile and
-// one that prepares chunks. A state warpgroup holds dS^T (64 x K, float) in registers and has the
-// operand A of all its products there, too, so that the chain never waits for shared memory:
+// CTA = (sequence or segment, value head, 1 or 2 V tiles of 64 columns): a state warpgroup for each
+// V tile and one that prepares chunks. A state warpgroup holds dS^T (64 x K, float) in registers
+// and has the operand A of all its products there, too, so that the chain never waits for shared
+// memory:
 //   Y = dO^T P;  X = dS^T K^T;  W = (beta o (del o X + Y))^T T';  dS^T += a Q + b K   (64 x C x K)
 // with dO^T loaded transposed. Y, and Q's part of the new state, run behind the products that the
 // chain waits for. The preparing warpgroup, a chunk ahead: requests tiles (TMA by one thread, or
@@ -14,9 +16,10 @@
 // tokens, so that tiles hold q and k as given.
 // Shared memory a stage: q, k, T' (16-bit: two summands), P, dO; K = V = 128: 72 KB, up to 3
 // stages; K = 256, V tile of 64: 96 KB, 1 or 2.
-// Registers: K / 2 for dS^T, K / 4 for its operand, 3 C / 2 for X, Y and dO.
-// Bytes a chunk of V columns and C = 64: 2 (2 K + 2 V) C + 4 C^2 in; 2 C V + 2 K V out.
-// FLOPs 2 C V (3 K + 3 C) + 2 C^2 K. Bound by the chain's latency, below 110 chains by it alone.
+// Registers: K / 2 for dS^T, K / 4 for its operand, 3 C / 2 for X, Y and dO: at most 168 a thread
+// of 384 (sm_90a: 96 prepare, 208 state), 255 of 256. Bytes a chunk of V columns and C = 64: 2 (2 K
+// + 2 V) C + 4 C^2 in; 2 C V + 2 K V out. FLOPs 2 C V (3 K + 3 C) + 2 C^2 K. Bound by the chain's
+// latency, below 110 chains by it alone.
 #pragma once
 #include "gated_delta/chunk_bwd_states_cta.cuh"
 #include "gated_delta/chunk_state.cuh"
