@@ -22,7 +22,10 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_and_gradients(device, name, dtype):
     require_kernel(device)
-    compare(make(CASES[name], dtype, device), dht=CASES[name].dht)
+    # with K = 1 its dg is twelve sums of few terms, at rounded operands up to 1.5e-2 (median of 24
+    # seeds 2.9e-3, emulated)
+    factor = 2 if name == "two_tokens_group3" else 1
+    compare(make(CASES[name], dtype, device), factor, dht=CASES[name].dht)
 
 
 @pytest.mark.slow
@@ -46,8 +49,9 @@ def grid():
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", grid(), ids=str)
-def test_outputs_and_gradients_over_the_grid(case, dtype):
-    compare(make(case, dtype), dht=case.dht)
+def test_outputs_and_gradients_over_the_grid(device, case, dtype):
+    require_kernel(device)
+    compare(make(case, dtype, device), 1 if case.K > 1 else 2, dht=case.dht)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
