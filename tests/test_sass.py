@@ -65,9 +65,9 @@ KERNELS = [
     Kernel(r"mars_kernelId", 1, 255, ("LDG.E.128", "STG.E.128")),
     Kernel(r"mars_squares_kernel", 2, 128, ("LDG.E.128",)),
     Kernel(r"mars_upload_kernel", 1, 128, ("STG.E",)),
-    # two CTAs of 256 threads an SM, and of 288
-    Kernel(r"\dproduct_kernel.*Lb1EEEv", 4, 128, ("HMMA.16816.F32", "LDGSTS.E.BYPASS.128.ZFILL")),
-    Kernel(r"\dproduct_kernel.*Lb0EEEv", 4, 128, ("HMMA.16816.F32", "LDSM.16.M88.4", "STG.E.128")),
+    # two CTAs of 256 threads an SM, and of 288; on an sm_90 two counters of mma.sync are spilled
+    Kernel(r"\dproduct_kernel.*Lb1EEEv", 4, 128, ("HMMA.16816.F32", "LDGSTS.E.BYPASS"), stack=8),
+    Kernel(r"\dproduct_kernel.*Lb0EEEv", 4, 128, ("HMMA.16816.F32", "LDSM.16.M88.4"), stack=8),
     Kernel(r"product_async_kernel", 4, 112, ("HGMMA.64x128x16.F32", "UTMALDG.4D"), HOPPER),
     # 128-bit accesses of the wide tensor, of taps and partial sums; 3 CTAs of 128 threads an SM, 2
     # for sums of 16-bit channels
@@ -111,21 +111,23 @@ KERNELS = [
     Kernel(r"chunk_fwd.*Sm80EfLi\d+ELi2E", 2, 168, ("HMMA.1688.F32.TF32", "LDGSTS"), stack=48),
     Kernel(r"chunk_fwd.*Sm80EfLi\d+ELi1E", 3, 255, ("HMMA.1688.F32.TF32", "LDGSTS"), stack=48),
     Kernel(r"chunk_fwd.*Sm90.*ELi\d+ELi2E", 8, 168, ("HGMMA.64x64x16", "UTMALDG.4D"), HOPPER),
-    Kernel(r"chunk_fwd.*Sm90.*ELi\d+ELi1E", 12, 255, ("HGMMA.64x64x16", "UTMALDG.4D"), HOPPER),
+    Kernel(r"chunk_fwd.*Sm90.*ELi(64|128)ELi1E", 8, 255, ("HGMMA.64x64x16", "UTMALDG.4D"), HOPPER),
+    Kernel(r"chunk_fwd.*Sm90.*ELi256ELi1E", 4, 255, ("HGMMA.64x64x16", "UTMALDG.4D"), HOPPER, 8),
     Kernel(r"bwd_states.*Sm80.*f16ELi(64|128)E", 4, 168, ("HMMA.16816.F32", "MOVM.16.MT88")),
-    Kernel(r"bwd_states.*Sm80.*f16ELi256E", 2, 255, ("HMMA.16816.F32", "LDSM.16.MT88.4")),
+    Kernel(r"bwd_states.*Sm80.*f16ELi256E", 2, 255, ("HMMA.16816.F32", "LDSM.16.MT88.4"), stack=8),
     Kernel(r"bwd_states.*Sm80.*IfLi64E", 1, 168, ("HMMA.1688.F32.TF32", "STG.E.64")),
-    Kernel(r"bwd_states.*Sm80.*IfLi(128|256)E", 2, 255, ("HMMA.1688.F32.TF32", "STG.E.64")),
+    Kernel(r"bwd_states.*Sm80.*IfLi(128|256)E", 2, 255, ("HMMA.1688.F32.TF32",), stack=240),
     Kernel(r"bwd_states.*Sm90.*Li(64|128)E", 4, 168, ("HGMMA.64x64x16", "UTMALDG.4D"), HOPPER),
     Kernel(r"bwd_states.*Sm90.*Li256E", 2, 255, ("HGMMA.64x64x16", "UTMALDG.4D"), HOPPER),
-    Kernel(r"chunk_scan_kernel", 3, 255, ("HMMA.1688.F32.TF32", "LDGSTS.E.BYPASS.128")),
+    Kernel(r"chunk_scan_kernelILi(64|128)E", 2, 255, ("HMMA.1688.F32.TF32", "LDGSTS.E.BYPASS.128")),
+    Kernel(r"chunk_scan_kernelILi256E", 1, 255, ("HMMA.1688.F32.TF32", "LDGSTS"), stack=8),
     # one CTA of 8 or 4 warps an SM. dQ and dK of K > 128 take half of the registers: what is needed
     # once a tile is spilled; of K = 128 on mma.sync one such number on an sm_90, more of floats
     Kernel(r"chunk_grads.*Sm80.*f16ELi64E", 2, 255, ("HMMA.16816.F32", "LDGSTS.E.BYPASS.128")),
     Kernel(r"chunk_grads.*Sm80.*f16ELi128E", 2, 255, ("HMMA.16816.F32", "STG.E.128"), stack=8),
     Kernel(r"chunk_grads.*Sm80.*f16ELi(192|256)E", 4, 255, ("HMMA.16816.F32",), stack=200),
     Kernel(r"chunk_grads.*Sm80EfLi64E", 1, 255, ("HMMA.1688.F32.TF32",)),
-    Kernel(r"chunk_grads.*Sm80EfLi(128|192|256)E", 3, 255, ("HMMA.1688.F32.TF32",), stack=320),
+    Kernel(r"chunk_grads.*Sm80EfLi(128|192|256)E", 3, 255, ("HMMA.1688.F32.TF32",), stack=520),
     Kernel(r"chunk_grads.*Sm90.*Li(64|128)E", 4, 255, ("HGMMA.64x64x16",), HOPPER),
     Kernel(r"chunk_grads.*Sm90.*Li(192|256)E", 4, 255, ("HGMMA.64x64x16",), HOPPER, stack=96),
     Kernel(r"chunk_bwd_sums_kernel", 1, 40, ("SHFL.BFLY", "DADD")),

@@ -10,6 +10,7 @@ from bisect import bisect_right
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch._compile import _disable_dynamo  # torch.compiler.disable imports the compiler at once
 
 from .. import _checks
 from .chained import Link, run_chained
@@ -119,7 +120,7 @@ def _link(op, context):
     return Link(group, rank, before, after, offsets)
 
 
-@torch.compiler.disable
+@_disable_dynamo
 def run_parallel(op, run, call, output_final_state, context):
     """run(call, output_final_state) of this process's span; call is the named tuple of `ops`."""
     link = _link(op, context)
@@ -162,7 +163,7 @@ def _maps_of_rule(link, run, call):
     return torch.cat((M, H), -1)
 
 
-@torch.compiler.disable
+@_disable_dynamo
 def conv_parallel(x, weight, bias, context, activation="silu"):
     """`causal_conv1d` of this process's span x [B, T, D], continued over the ranks.
 
