@@ -14,6 +14,7 @@ from gated_delta_cases import (
     make,
     offsets,
     outputs_and_gradients,
+    require_kernel,
 )
 
 LENGTHS = (0, 1, 63, 64, 65, 200, 0)
@@ -72,6 +73,16 @@ def test_empty_sequences_keep_their_state():
     assert torch.equal(ht, only["initial_state"])
     (dh0,) = torch.autograd.grad(ht.sum(), only["initial_state"])
     assert torch.equal(dh0, torch.ones_like(dh0))
+
+
+def test_no_sequence_at_all(device, nan_filled_memory):
+    require_kernel(device)
+    x = make(Case(T=70, K=16, V=24, h0=False), torch.float32, device)
+    x["cu_seqlens"] = offsets((), device=device)
+    result = outputs_and_gradients(chunk_gated_delta_rule, x)
+    assert result["ht"].shape[0] == 0
+    for name in ("o", "dq", "dk", "dv", "dg", "dbeta"):
+        assert torch.count_nonzero(result[name]) == 0, name
 
 
 def test_many_sequences_of_one_token():

@@ -22,8 +22,6 @@ std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& q, const Tensor& k, const T
                                                  : empty(q, {in.N, HV, K, V}, ScalarType::Float);
   const int64_t kept = inverse_elements(in) + (saving == 2 ? state_elements(in) : 0);
   const Tensor saved = saving ? empty(q, {in.slots(), HV, kept}) : empty(q, {0});
-  if (in.N * HV == 0) return {o, final_state, saved};
-
   ChunkFwdCuda p{in};
   p.initial_state = static_cast<const float*>(data(t.initial_state));
   p.o = o.mutable_data_ptr();
@@ -39,7 +37,7 @@ std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& q, const Tensor& k, const T
   if (segment) p.segments = segment_room(in, segment, segments.mutable_data_ptr());
   Launch launch(t.q, t.k, t.v, t.g, t.beta, t.initial_state, t.cu_seqlens, t.A_log, t.dt_bias, o,
                 final_state, saved, segments);
-  chunk_fwd_run(p, launch.stream());
+  if (in.N) chunk_fwd_run(p, launch.stream());
   if (cu_seqlens)
     chunk_zero_tail_cuda({in, {{p.o, HV * V * int64_t(o.element_size())}}}, launch.stream());
   launch.check();
