@@ -81,7 +81,7 @@ def curves():
     if EMULATED.exists():
         sys.path.insert(0, str(EMULATED.parent))
         _library.load_emulated(EMULATED, "sm90a")
-        backends["CUDA, bfloat16"] = ("cuda-emulated-sm90a", torch.bfloat16)
+        backends["CUDA (emulated), bfloat16"] = ("cuda-emulated-sm90a", torch.bfloat16)
     for label, (backend, dtype) in backends.items():
         with _library.use(backend) if backend != "native" else contextlib.nullcontext():
             yield label, [errors(strength, dtype) for strength in STRENGTHS]
@@ -90,7 +90,7 @@ def curves():
 def main():
     figure = Figure(figsize=(11, 4.6), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2)
-    styles = {"CPU, float32": "-", "CPU, bfloat16": "--", "CUDA, bfloat16": ":"}
+    styles = {"CPU, float32": "-", "CPU, bfloat16": "--", "CUDA (emulated), bfloat16": ":"}
     for label, found in curves():
         for i, name in enumerate(NAMES):
             left.plot(STRENGTHS, [e[name] for e in found], styles[label], color=f"C{i}")
