@@ -185,12 +185,18 @@ int chunk_grads_launch(const ChunkBwdCuda& p, void* stream) {
 }
 
 template <class Arch, class E>
+int chunk_grads_narrow(const ChunkBwdCuda& p, void* stream) {  // K <= 128
+  return p.in.shape.K <= 64 ? chunk_grads_launch<ChunkGradConfig<Arch, E, 64>>(p, stream)
+                            : chunk_grads_launch<ChunkGradConfig<Arch, E, 128>>(p, stream);
+}
+template <class Arch, class E>
+int chunk_grads_wide(const ChunkBwdCuda& p, void* stream) {  // K > 128
+  return p.in.shape.K <= 192 ? chunk_grads_launch<ChunkGradConfig<Arch, E, 192>>(p, stream)
+                             : chunk_grads_launch<ChunkGradConfig<Arch, E, 256>>(p, stream);
+}
+template <class Arch, class E>
 int chunk_grads_dispatch(const ChunkBwdCuda& p, void* stream) {
-  switch (pad64(p.in.shape.K)) {
-    case 64: return chunk_grads_launch<ChunkGradConfig<Arch, E, 64>>(p, stream);
-    case 128: return chunk_grads_launch<ChunkGradConfig<Arch, E, 128>>(p, stream);
-    case 192: return chunk_grads_launch<ChunkGradConfig<Arch, E, 192>>(p, stream);
-    default: return chunk_grads_launch<ChunkGradConfig<Arch, E, 256>>(p, stream);
-  }
+  return p.in.shape.K <= 128 ? chunk_grads_narrow<Arch, E>(p, stream)
+                             : chunk_grads_wide<Arch, E>(p, stream);
 }
 }  // namespace df::cuda

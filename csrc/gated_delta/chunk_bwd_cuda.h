@@ -35,6 +35,7 @@ int chunk_bwd_states_f16(const ChunkBwdCuda& args, void* stream);
 [[gnu::weak]] int chunk_bwd_states_f16_sm90(const ChunkBwdCuda& args, void* stream);
 
 int chunk_bwd_chunks_f32(const ChunkBwdCuda& args, void* stream);
+int chunk_bwd_chunks_f32_wide(const ChunkBwdCuda& args, void* stream);  // K > 128
 int chunk_bwd_chunks_bf16(const ChunkBwdCuda& args, void* stream);
 int chunk_bwd_chunks_f16(const ChunkBwdCuda& args, void* stream);
 [[gnu::weak]] int chunk_bwd_chunks_bf16_sm90(const ChunkBwdCuda& args, void* stream);
