@@ -2,7 +2,7 @@
 #   native    objects df_cuda (every architecture) and df_sm90a (*_sm90.cu), linked into libdeltafuse
 #   emulated  one test library per architecture, build/emulated/libdeltafuse_emulated_<arch>.so, with
 #             the same kernels as PTX, registered for CPU tensors, on the emulator's CUDA runtime
-# Host files see DF_HAS_SM90 where the *_sm90.cu files are linked with them.
+# Launchers in *_sm90.cu files are declared weak: null where these files are not part of the build.
 enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
 find_package(Python COMPONENTS Interpreter)
@@ -32,9 +32,6 @@ if(cuda STREQUAL "native")
   deltafuse_cuda_objects(df_cuda "${general};90-real;90-virtual" ${flags})
   set(objects df_cuda)
   deltafuse_link_cuda(deltafuse CUDA::cudart_static df_cuda)
-  if(90a IN_LIST DELTAFUSE_CUDA_ARCHS)
-    target_compile_definitions(deltafuse PRIVATE DF_HAS_SM90)
-  endif()
   # df_sm90a is made by the first operator that has *_sm90.cu files: no empty object libraries
   function(deltafuse_sm90_objects)
     if(NOT TARGET df_sm90a)
@@ -63,8 +60,7 @@ else()
     deltafuse_cuda_objects(df_cuda_sm${arch} ${arch}-virtual -lineinfo -no-compress -cudart=shared)
     add_dependencies(${library} cuemu)
     add_dependencies(emulated ${library})
-    target_compile_definitions(${library} PRIVATE DF_EMULATED DF_NAMESPACE=${library} DF_CUDA=CPU
-                               $<$<STREQUAL:${arch},90a>:DF_HAS_SM90>)
+    target_compile_definitions(${library} PRIVATE DF_EMULATED DF_NAMESPACE=${library} DF_CUDA=CPU)
     set_target_properties(${library} PROPERTIES LIBRARY_OUTPUT_DIRECTORY ${emulated}
                           BUILD_WITH_INSTALL_RPATH ON INSTALL_RPATH "$ORIGIN")
     deltafuse_link_cuda(${library} ${cudart} df_cuda_sm${arch})

@@ -19,30 +19,26 @@ struct Padded {
   }
 };
 
-#ifdef DF_HAS_SM90
 Tensor4 tensor4(const Matrices& m, int64_t count, DType type) {
   return {m.data, type, {m.cols, 1, m.rows, count}, {m.ld, m.ld, m.batch}};
 }
 
-// False: this device or these strides want the other kernel.
+// False: this build, device or these strides want the other kernel.
 bool launch_sm90(const Product& p, DType type, void* stream) {
   const Tensor4 left = tensor4(p.left, p.count, type), right = tensor4(p.right, p.count, type);
-  if (sm() != 90 || !has_tensor_map(left) || !has_tensor_map(right)) return false;
+  auto* const launch = type == DType::bf16 ? &product_bf16_sm90_cuda : &product_f16_sm90_cuda;
+  if (!launch || sm() != 90 || !has_tensor_map(left) || !has_tensor_map(right)) return false;
   CUtensorMap maps[2];
   for (int i = 0; i < 2; ++i) {
     const cudaError_t e = make_tensor_map(&maps[i], i == 0 ? left : right, kProductBox);
     STD_TORCH_CHECK(e == cudaSuccess, "newton_schulz: tensor map: ", cudaGetErrorString(e));
   }
-  const auto launch = type == DType::bf16 ? product_bf16_sm90_cuda : product_f16_sm90_cuda;
   launch(p, maps[0], maps[1], stream);
   return true;
 }
-#endif
 
 void launch_product(const Product& p, DType type, void* stream) {
-#ifdef DF_HAS_SM90
   if (launch_sm90(p, type, stream)) return;
-#endif
   (type == DType::bf16 ? product_bf16_cuda : product_f16_cuda)(p, stream);
 }
 

@@ -38,8 +38,8 @@ void product_bf16_cuda(const Product& p, void* stream);
 void product_f16_cuda(const Product& p, void* stream);
 // By wgmma, with tensor maps of left and right of kProductBox rows (common/cuda/tma.h).
 constexpr int kProductBox = 64;
-void product_bf16_sm90_cuda(const Product& p, const CUtensorMap_st& left,
-                            const CUtensorMap_st& right, void* stream);
-void product_f16_sm90_cuda(const Product& p, const CUtensorMap_st& left,
-                           const CUtensorMap_st& right, void* stream);
+[[gnu::weak]] void product_bf16_sm90_cuda(const Product& p, const CUtensorMap_st& left,
+                                          const CUtensorMap_st& right, void* stream);
+[[gnu::weak]] void product_f16_sm90_cuda(const Product& p, const CUtensorMap_st& left,
+                                         const CUtensorMap_st& right, void* stream);
 }  // namespace df
