@@ -19,6 +19,13 @@ from deltafuse import _library
 
 EMULATED = Path(__file__).parent.parent / "build" / "emulated"
 EMULATED_ARCHS = ("sm80", "sm90a")
+MODES = {  # settings of the emulator that every kernel is run with
+    "race": {"race": True},
+    "race, shuffled 1": {"race": True, "seed": 1},
+    "race, shuffled 2": {"race": True, "seed": 2},
+    "strict": {"strict": True},
+    "early": {"async": "early"},
+}
 
 
 @pytest.fixture(scope="session")

@@ -3,19 +3,13 @@
 import pytest
 import torch
 
+from conftest import MODES
 from ddl_cuda_cases import BF16, F16, F32, FULL, GATES, NAMES, call, check, incoming, make, tracked
 from deltafuse import backend_info
 from deltafuse.ddl import raw
 
 pytestmark = pytest.mark.emulated
 
-MODES = {
-    "race": {"race": True},
-    "race, shuffled 1": {"race": True, "seed": 1},
-    "race, shuffled 2": {"race": True, "seed": 2},
-    "strict": {"strict": True},
-    "early": {"async": "early"},
-}
 # shapes (N, d, d_v) and types for each way through the kernels; 132 SMs are emulated
 CASES = {
     "a warp a token": ((300, 64, 4), BF16, BF16, ()),

@@ -3,19 +3,13 @@
 import pytest
 import torch
 
+from conftest import MODES
 from deltafuse import backend_info
 from deltafuse.gated_delta import gated_delta_rule_decode
 from test_gated_delta_decode import check, make
 
 pytestmark = pytest.mark.emulated
 
-MODES = {
-    "race": {"race": True},
-    "race, shuffled 1": {"race": True, "seed": 1},
-    "race, shuffled 2": {"race": True, "seed": 2},
-    "strict": {"strict": True},
-    "early": {"async": "early"},
-}
 # one call for each variant of the decode kernel: layout, element of the state, K tile, vectors
 DECODE = {
     "float v_first": {"shape": (1, 2, 1, 2, 128, 20)},

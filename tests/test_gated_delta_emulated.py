@@ -3,18 +3,12 @@
 import pytest
 import torch
 
+from conftest import MODES
 from gated_delta_cases import Case, make
 from test_gated_delta_cuda import BF16, CASES, F16, F32, check, forward, leaves
 
 pytestmark = pytest.mark.emulated
 
-MODES = {
-    "race": {"race": True},
-    "race, shuffled 1": {"race": True, "seed": 1},
-    "race, shuffled 2": {"race": True, "seed": 2},
-    "strict": {"strict": True},
-    "early": {"async": "early"},
-}
 # case, dtype, options: TMA, whole vectors and elements; all widths of K; segments
 VARIANTS = {
     "TMA": ("K128 V128", BF16, {}),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from conftest import MODES
 from deltafuse import _library, backend_info
 from deltafuse.gated_delta import (
     GatedDeltaNet,
@@ -24,13 +25,6 @@ from test_short_conv import make as conv_inputs
 
 pytestmark = pytest.mark.emulated
 F32, BF16 = torch.float32, torch.bfloat16
-MODES = {
-    "race": {"race": True},
-    "race, shuffled 1": {"race": True, "seed": 1},
-    "race, shuffled 2": {"race": True, "seed": 2},
-    "strict": {"strict": True},
-    "early": {"async": "early"},
-}
 in_every_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 each_dtype = pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 # each tile of K; segments and blocks cut; several warps (in the second with V beyond a tile)

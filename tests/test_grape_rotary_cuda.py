@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from conftest import MODES
 from deltafuse import _library, backend_info, grape
 from grape_rotary_cases import (
     BF16,
@@ -26,13 +27,6 @@ from test_grape_rotary_grads import flat, gradients
 
 pytestmark = pytest.mark.emulated
 
-MODES = {
-    "race": {"race": True},
-    "race, shuffled 1": {"race": True, "seed": 1},
-    "race, shuffled 2": {"race": True, "seed": 2},
-    "strict": {"strict": True},
-    "early": {"async": "early"},
-}
 in_every_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 EVERY = ("default", "both", "partial interleaved", "axes of heads", "phase of heads", "varlen")
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from conftest import MODES
 from mars_equations import (
     Codes,
     Numbers,
@@ -22,13 +23,6 @@ from mars_equations import (
 
 pytestmark = pytest.mark.emulated
 
-MODES = {
-    "race": {"race": True},
-    "race, shuffled 1": {"race": True, "seed": 1},
-    "race, shuffled 2": {"race": True, "seed": 2},
-    "strict": {"strict": True},
-    "early": {"async": "early"},
-}
 in_every_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 # nothing, less than a piece, around a quantum, a tail after four, two chunks
 SIZES = (0, 1, 7, 255, 256, 1025, 40000)

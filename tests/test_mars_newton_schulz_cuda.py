@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from conftest import DEVICES
+from conftest import DEVICES, MODES
 from deltafuse import MARS, _library, backend_info
 from deltafuse.bench import REGISTRY
 from deltafuse.bench.measure import measure
@@ -15,13 +15,6 @@ A, B, C = matrix.COEFFICIENTS
 ROUNDING = {BF16: 2**-8, F16: 2**-11}  # of a number to its nearest neighbour
 on_cuda = pytest.mark.parametrize("device", DEVICES[1:], indirect=True)
 emulated_only = pytest.mark.emulated
-MODES = {
-    "race": {"race": True},
-    "race, shuffled 1": {"race": True, "seed": 1},
-    "race, shuffled 2": {"race": True, "seed": 2},
-    "strict": {"strict": True},
-    "early": {"async": "early"},
-}
 # columns with which rows start on 16 bytes, and with which not. Rows of A and B that end within 16
 # bytes would not do: the emulator counts whole copies only.
 TRAFFIC = {"vectors": (2, 256, 320), "elements": (1, 136, 259)}

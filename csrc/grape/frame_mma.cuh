@@ -18,6 +18,7 @@
 #pragma once
 #include <type_traits>
 
+#include "common/cuda/mma_sm80.cuh"
 #include "common/cuda/reduce.cuh"
 #include "grape/frame_fwd.cuh"
 
@@ -45,22 +46,6 @@ __device__ inline void split(float x, float y, uint32_t& high, uint32_t& low) {
   const uint32_t a = high_part<E>(x), b = high_part<E>(y);
   high = a | b << 16;
   low = bits_of(x - value_of<E>(a), E{}) | bits_of(y - value_of<E>(b), E{}) << 16;
-}
-
-template <class E>
-__device__ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  if constexpr (std::is_same_v<E, bf16>)
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
-        "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  else
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
-        "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 template <class E_, int kBlocks_>
@@ -147,8 +132,8 @@ __device__ inline void add_step(float (&point)[4], const uint32_t (&x)[2][C::kBl
                                 const uint4& w) {
   const int j = s / 2, q = s % 2 * 2;
   const uint32_t a[4] = {x[0][j][q], x[1][j][q], x[0][j][q + 1], x[1][j][q + 1]};
-  multiply<typename C::E>(point, a, w.x, w.y);
-  multiply<typename C::E>(point, a, w.z, w.w);
+  sm80::multiply<typename C::E>(point, a, w.x, w.y);
+  sm80::multiply<typename C::E>(point, a, w.z, w.w);
 }
 
 template <class C, bool kBackward>
@@ -220,9 +205,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks > 2 || kBackward ? 2 :
 #pragma unroll
         for (int q = 0; q < 4; ++q) {
           const uint4 w = sSecond[(m * C::kSecond + j * 4 + q) * 32 + lane];
-          multiply<E>(y[j][q], high, w.x, w.y);
-          multiply<E>(y[j][q], high, w.z, w.w);
-          multiply<E>(y[j][q], low, w.x, w.y);
+          sm80::multiply<E>(y[j][q], high, w.x, w.y);
+          sm80::multiply<E>(y[j][q], high, w.z, w.w);
+          sm80::multiply<E>(y[j][q], low, w.x, w.y);
         }
     }
     store_rows<C>(p, n, last, h, c, y);

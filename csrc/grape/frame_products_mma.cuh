@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(C::kThreads, 3)
             for (int i = 0; i < 4; ++i) a[i] = s.A[m][half][which][part][i][lane];
 #pragma unroll
             for (int q = 0; q < C::kTiles; ++q)
-              multiply<typename C::E>(sum[m][q], a, b[q][0], b[q][1]);
+              sm80::multiply<typename C::E>(sum[m][q], a, b[q][0], b[q][1]);
           }
       }
   }

@@ -263,7 +263,7 @@ def chunk_gated_delta_rule(
             it; None decides: on the CPU against it (heads fill the cores).
         save_states: True keeps, for the backward, the state that enters each chunk (and, on the
             CPU, the errors E: 4 (K V + C V) bytes a chunk of C tokens and value head in
-            float32); False computes them again there, a quarter more work; "auto" keeps them
+            float32); False computes them again there, another forward; "auto" keeps them
             while a call's take at most 1/64 of the device's memory. The gradients are the same,
             bit for bit.
         batch_invariant: True makes CUDA results independent of what else is in the batch, bit for
