@@ -58,7 +58,7 @@ def run(function, tensors, seed=11):
     inputs = [t.detach().requires_grad_() for t in tensors]
     outputs = function(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    d_outputs = [normal(*t.shape, seed=seed, dtype=BF16).to(t.dtype) for t in outputs]
+    d_outputs = [normal(*t.shape, seed=seed, dtype=BF16).to(t) for t in outputs]
     return list(outputs), list(torch.autograd.grad(outputs, inputs, d_outputs))
 
 

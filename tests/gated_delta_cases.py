@@ -74,7 +74,7 @@ def require_kernel(device):
 
 
 def offsets(lengths, dtype=torch.int64, device="cpu"):
-    return torch.tensor([0, *lengths], device=device).cumsum(0).to(dtype)
+    return torch.tensor([0, *lengths]).cumsum(0).to(device, dtype)
 
 
 def make(case, dtype=torch.float32, device="cpu", seed=0, fused=False):

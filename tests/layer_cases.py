@@ -43,7 +43,7 @@ def run(function, tensors, seed=7):
     outputs = function(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     outputs = [t for t in outputs if t is not None]
-    ds = [normal(*t.shape, seed=seed, dtype=torch.bfloat16).to(t.dtype) for t in outputs]
+    ds = [normal(*t.shape, seed=seed, dtype=torch.bfloat16).to(t) for t in outputs]
     wanted = [t for t in inputs if t is not None and t.is_floating_point()]
     return outputs, list(torch.autograd.grad(outputs, wanted, ds))
 

@@ -230,12 +230,12 @@ def test_a_short_first_call_leaves_a_full_state(device, name):
 def test_padding_mask(device, name, kind):
     function, make, shape, _ = OPS[name]
     x = [t.to(device) for t in make(shape)]
-    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask = torch.ones(2, 9, dtype=torch.bool, device=device)
     mask[0, :3] = mask[1, 4] = False
     broken = x[0].clone()
     broken[~mask] = torch.nan  # whatever padding holds
     zeroed = x[0].masked_fill(~mask.view(2, 9, *[1] * (x[0].dim() - 2)), 0)
-    y, state = function(broken, *x[1:], attention_mask=mask.to(device, kind))
+    y, state = function(broken, *x[1:], attention_mask=mask.to(kind))
     expected, expected_state = function(zeroed, *x[1:])
     assert y[~mask].eq(0).all() and torch.equal(y[mask], expected[mask])
     assert torch.equal(state, expected_state)

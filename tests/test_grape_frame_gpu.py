@@ -23,9 +23,10 @@ def test_large_shapes(D, r, dtype):
 def test_a_prepared_frame_needs_no_synchronisation_and_is_captured(r):
     x, a, b, omega, t = (v.cuda() for v in mixture_inputs(1, 65, 2, 64, r, dtype=BF16))
     frame, dy = grape.prepare_frame(a, b, omega), torch.ones_like(x)
-    leaves = [v.requires_grad_() for v in (x, a, b, omega)]
 
     def step():
+        # new ones: a capture cannot wait for the stream of older ones
+        leaves = [v.detach().requires_grad_() for v in (x, a, b, omega)]
         y = grape.mixture_rotate(*leaves, t, frame=frame)
         return y.detach(), *torch.autograd.grad(y, leaves, dy)
 

@@ -38,6 +38,8 @@ def test_the_same_bits_for_any_thread_count(function, make, shape, dtype, thread
 @each_op
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_memory_that_was_not_written(function, make, dtype, nan_filled_memory, device):
+    # only a warning where a product of PyTorch is not deterministic; memory is filled all the same
+    torch.use_deterministic_algorithms(True, warn_only=True)
     inputs = [v.to(device) for v in make(*SHAPES[0], dtype=dtype)]
     check(function, inputs, dtype)
 

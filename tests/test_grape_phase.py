@@ -163,7 +163,7 @@ def both(omega, cu=None, initial=None):
     """phi, final and d omega."""
     leaf = omega.detach().clone().requires_grad_()
     phi, final = grape.cumulative_phase(leaf, cu, initial)
-    weight = normal(*phi.shape, dtype=F64).round()
+    weight = normal(*phi.shape, dtype=F64).round().to(phi)
     return phi, final, torch.autograd.grad(phi, leaf, weight)[0]
 
 

@@ -48,7 +48,7 @@ def gradients(q, k, options, weights=None, **more):
         q, k = q + 0, k + 0
     y = grape.rotary_qk(q, k, **given, **more)
     if weights is None:
-        weights = [normal(*t.shape, seed=3 + i).round().to(t.dtype) for i, t in enumerate(y)]
+        weights = [normal(*t.shape, seed=3 + i).round().to(t) for i, t in enumerate(y)]
     return dict(zip(real, torch.autograd.grad(y, list(real.values()), weights), strict=True))
 
 

@@ -17,7 +17,7 @@
 // Shared memory a stage: q, k, T' (16-bit: two summands), P, dO; K = V = 128: 72 KB, up to 3
 // stages; K = 256, V tile of 64: 96 KB, 1 or 2.
 // Registers: K / 2 for dS^T, K / 4 for its operand, 3 C / 2 for X, Y and dO: at most 168 a thread
-// of 384 (sm_90a: 96 prepare, 208 state), 255 of 256. Bytes a chunk of V columns and C = 64: 2 (2 K
+// of 384 (sm_90a: 96 prepare, 200 state), 255 of 256. Bytes a chunk of V columns and C = 64: 2 (2 K
 // + 2 V) C + 4 C^2 in; 2 C V + 2 K V out. FLOPs 2 C V (3 K + 3 C) + 2 C^2 K. Bound by the chain's
 // latency, below 110 chains by it alone.
 #pragma once
@@ -429,11 +429,12 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   if (w.chunks < 0 || (p.summary && (w.first || (w.last && w.v0 >= pad64(p.in.shape.V))))) return;
   const int group = threadIdx.x / 128;
 #if __CUDA_ARCH__ >= 900
-  if constexpr (M::kAsync && C::kMaxGroups == 2) {  // 168 registers a thread at the start
+  if constexpr (M::kAsync && C::kMaxGroups == 2) {
+    static_assert(registers_fit<96, 200, 2>);
     if (group == groups)
       registers_down<96>();
     else
-      registers_up<208>();
+      registers_up<200>();
   }
 #endif
   if (group == groups)

@@ -66,12 +66,12 @@ __device__ inline float exp2_fast(float x) {
 // of themselves, however large G is. Tokens behind `rows`: g = 0 and beta = 0, so that G is
 // constant.
 template <int kC>
-struct TokenTable {
+struct alignas(16) TokenTable {
   float2 G[kC];
   float gam[kC], del[kC];  // e^{G_i}, e^{G_C - G_i}
   float beta[kC];
-  float chunk_decay;     // e^{G_C}
   float rq[kC], rk[kC];  // 1 / |q|, 1 / |k|, or 1; filled by row_norms
+  float chunk_decay;     // e^{G_C}
 
   // e^{G_i - G_j}
   __device__ float decay(int i, int j) const {
@@ -82,49 +82,79 @@ struct TokenTable {
 struct Token {
   float raw, g, beta;  // the argument g; that after the gate, not clamped; beta after the sigmoid
 };
-__device__ inline Token load_token(const ChunkCuda& p, const HeadGate& h, int64_t batch,
-                                   int64_t token, int64_t head) {
+__device__ inline Token make_token(const ChunkCuda& p, const HeadGate& h, uint32_t g,
+                                   uint32_t beta) {
   Token x;
-  x.raw = load_any(p.g, offset(p.g, batch, token, head));
-  x.g = gate(h, x.raw);
-  x.beta = load_any(p.beta, offset(p.beta, batch, token, head));
+  x.raw = to_float(g, p.g.dtype), x.g = gate(h, x.raw);
+  x.beta = to_float(beta, p.beta.dtype);
   if (p.pre.sigmoid_scale > 0) x.beta = float(p.pre.sigmoid_scale) * sigmoid(x.beta);
   return x;
 }
+__device__ inline Token load_token(const ChunkCuda& p, const HeadGate& h, int64_t batch,
+                                   int64_t token, int64_t head) {
+  return make_token(p, h, load_bits(p.g, offset(p.g, batch, token, head)),
+                    load_bits(p.beta, offset(p.beta, batch, token, head)));
+}
 
-// By one whole warp; a barrier has to follow. `first` is the chunk's first token.
+// A lane's tokens of a chunk, from kPer lane on, as they are in memory.
+template <int kC>
+struct LaneTokens {
+  static constexpr int kPer = kC / 32;
+  uint32_t g[kPer], beta[kPer];
+};
+// `first` is the chunk's first token. By one whole warp.
+template <int kC>
+__device__ inline void fetch_tokens(const ChunkCuda& p, int64_t batch, int64_t first, int rows,
+                                    int64_t head, LaneTokens<kC>& x) {
+#pragma unroll
+  for (int i = 0; i < x.kPer; ++i) {
+    const int at = threadIdx.x % 32 * x.kPer + i;
+    x.g[i] = x.beta[i] = 0;
+    if (at >= rows) continue;
+    x.g[i] = load_bits(p.g, offset(p.g, batch, first + at, head));
+    x.beta[i] = load_bits(p.beta, offset(p.beta, batch, first + at, head));
+  }
+}
+
+// By the same warp; a barrier has to follow.
+template <int kC>
+__device__ inline void make_tokens(const ChunkCuda& p, const LaneTokens<kC>& x, int rows,
+                                   int64_t head, TokenTable<kC>& table) {
+  constexpr double kLog2e = 1.4426950408889634;
+  constexpr int kPer = x.kPer;
+  const int lane = threadIdx.x % 32;
+  const HeadGate of_head = head_gate(p.pre, head);
+  double sums[kPer], sum = 0;
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) {
+    const bool inside = lane * kPer + i < rows;
+    const Token token = make_token(p, of_head, x.g[i], x.beta[i]);
+    sums[i] = sum += inside ? clamp_gate(token.g) : 0;
+    table.beta[lane * kPer + i] = inside ? token.beta : 0;
+  }
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const double other = __shfl_up_sync(0xffffffffu, sum, step);
+    if (lane >= step) sum += other;
+  }
+  const double before = sum - sums[kPer - 1], all = __shfl_sync(0xffffffffu, sum, 31);
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) {
+    const double G = (before + sums[i]) * kLog2e;
+    const float high = float(G);
+    table.G[lane * kPer + i] = {high, float(G - high)};
+    table.gam[lane * kPer + i] = exp2_fast(float(G));
+    table.del[lane * kPer + i] = exp2_fast(float(all * kLog2e - G));
+  }
+  if (lane == 0) table.chunk_decay = exp2_fast(float(all * kLog2e));
+}
+
 template <int kC>
 __device__ inline void load_tokens(const ChunkCuda& p, int64_t batch, int64_t first, int rows,
                                    int64_t head, TokenTable<kC>& table) {
-  constexpr double kLog2e = 1.4426950408889634;
-  const int lane = threadIdx.x % 32;
-  const HeadGate of_head = head_gate(p.pre, head);
-  double sums[kC / 32], before = 0;
-#pragma unroll
-  for (int part = 0; part < kC / 32; ++part) {
-    const int i = part * 32 + lane;
-    Token x{0, 0, 0};
-    if (i < rows) x = load_token(p, of_head, batch, first + i, head);
-    table.beta[i] = x.beta;
-    double sum = clamp_gate(x.g);
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const double other = __shfl_up_sync(0xffffffffu, sum, step);
-      if (lane >= step) sum += other;
-    }
-    sums[part] = before + sum;
-    before = __shfl_sync(0xffffffffu, sums[part], 31);
-  }
-#pragma unroll
-  for (int part = 0; part < kC / 32; ++part) {
-    const int i = part * 32 + lane;
-    const double G = sums[part] * kLog2e;
-    const float high = float(G);
-    table.G[i] = {high, float(G - high)};
-    table.gam[i] = exp2_fast(float(G));
-    table.del[i] = exp2_fast(float(before * kLog2e - G));
-  }
-  if (lane == 0) table.chunk_decay = exp2_fast(float(before * kLog2e));
+  LaneTokens<kC> x;
+  fetch_tokens(p, batch, first, rows, head, x);
+  make_tokens(p, x, rows, head, table);
 }
 
 // r[i] = (sum over row i of x^2 + 1e-6)^-1/2 of a tile, two lanes a row; by kThreads threads, which

@@ -29,14 +29,11 @@ struct FwdConfig {
   // head's bits must not depend on how many there are.
   static constexpr bool kTogether = kAsync && kK <= 128 && !kHigh;
 
-  struct Table {
-    TokenTable<kC> tokens;
-    ChunkFactors<kC> factors;
-  };
-  struct Rest {
+  struct alignas(16) Rest {
+    TokenTable<kC> tokens[kTables + 1];  // the one of the next chunk
+    typename Work::Parts parts;
     Pipeline<kStages, kTables> pipe;
     Walk walk;
-    Table tables[kTables];
   };
   static constexpr int kStageBytes = Keys::kBytes + Values::kBytes;
   static constexpr int kTableBytes = (Work::kParts + kAttention) * Square::kBytes;
@@ -63,8 +60,8 @@ struct FwdShared {
   __device__ uint32_t attention(int chunk) const {
     return inverse(chunk) + F::Work::kParts * F::Square::kBytes;
   }
-  __device__ typename F::Table& table(int chunk) const {
-    return rest->tables[uint32_t(chunk) % F::kTables];
+  __device__ TokenTable<F::kC>& tokens(int chunk) const {
+    return rest->tokens[uint32_t(chunk) % (F::kTables + 1)];
   }
 };
 }  // namespace df::cuda

@@ -33,8 +33,13 @@ struct Ahead {
   const FwdShared<F>& shared;
   static constexpr int kC = F::kC;
 
+  // Tokens are loaded, and their tables made, another chunk ahead.
   __device__ void run() const {
     constexpr int kAhead = F::kStages - F::kTables;  // loads are so far ahead of tables
+    if (threadIdx.x / 32 == 0) {
+      Tokens first{*this, 0};
+      first.request(), first.run();
+    }
     for (int c = -kAhead; c < w.chunks; ++c) {
       shared.rest->pipe.wait_done(c - F::kTables);
       if (c + kAhead < w.chunks) load(c + kAhead);
@@ -54,7 +59,7 @@ struct Ahead {
     const auto values = shared.values(c);
     if constexpr (F::kAsync) {
 #if __CUDA_ARCH__ >= 900
-      if (threadIdx.x != 32) return;  // the first warp loads tokens meanwhile
+      if (threadIdx.x != 0) return;
       uint64_t* const barrier = &shared.rest->pipe.loaded[uint32_t(c) % F::kStages];
       mbarrier_arrive_expect(barrier, F::kStageBytes - (p.o ? 0 : F::Keys::kBytes / 2));
       load_rows_tma(keys, 0, maps.k, key, barrier);
@@ -69,6 +74,22 @@ struct Ahead {
     }
   }
 
+  struct Tokens {  // of a chunk, by one warp
+    const Ahead& of;
+    int chunk;
+    LaneTokens<kC> lane{};
+    __device__ int rows() const {
+      return chunk < of.w.chunks ? of.w.template rows<kC>(chunk) : 0;
+    }
+    __device__ void request() {
+      fetch_tokens(of.p.in, of.w.sequence.batch, of.w.sequence.begin + int64_t(chunk) * kC, rows(),
+                   of.w.head, lane);
+    }
+    __device__ void run() const {
+      make_tokens(of.p.in, lane, rows(), of.w.head, of.shared.tokens(chunk));
+    }
+  };
+
   __device__ void wait_loaded(int c) const {
     if constexpr (F::kAsync) {
       shared.rest->pipe.wait_loaded(c);
@@ -82,23 +103,24 @@ struct Ahead {
     } else {
       cp_async_wait<0>();
     }
+    named_barrier_sync(kAheadBarrier, 128);
   }
 
   __device__ void make(int c) const {
-    auto& table = shared.table(c);
-    const int thread = thread_anew();
-    if (thread < 32)
-      load_tokens<kC>(p.in, w.sequence.batch, w.sequence.begin + int64_t(c) * kC,
-                      w.template rows<kC>(c), w.head, table.tokens);
-    wait_loaded(c);
-    named_barrier_sync(kAheadBarrier, 128);
+    auto& tokens = shared.tokens(c);
     const auto keys = shared.keys(c);
-    row_norms<128>(Half{keys, 0}, p.in.l2norm, thread, table.tokens.rk);
-    row_norms<128>(Half{keys, kC}, p.in.l2norm && p.o, thread, table.tokens.rq);
-    named_barrier_sync(kAheadBarrier, 128);
-    combine_factors(table.tokens, table.factors, thread);
-    F::Work::template make<F::kHigh>(keys, table.tokens, p.o != nullptr, shared.inverse(c),
-                                     shared.attention(c), kAheadBarrier);
+    Tokens next{*this, c + 1};
+    wait_loaded(c);
+    F::Work::template make<F::kHigh>(
+        keys, tokens, p.o != nullptr, shared.inverse(c), shared.attention(c), shared.rest->parts,
+        kAheadBarrier,
+        [&] {
+          const int thread = thread_anew();
+          row_norms<128>(Half{keys, 0}, p.in.l2norm, thread, tokens.rk);
+          row_norms<128>(Half{keys, kC}, p.in.l2norm && p.o, thread, tokens.rq);
+        },
+        next);
+    combine_factors(tokens, thread_anew());
     F::Arch::stores_visible();
     shared.rest->pipe.arrive_ready(c);
     if (p.inverse.data && w.v0 == 0) save_inverse(c);
@@ -114,9 +136,8 @@ struct Ahead {
     for (int part = 0; part < F::Work::kParts; ++part) {
       const typename F::Square tile{shared.inverse(c) + part * F::Square::kBytes};
       for (int i = thread_anew(); i < kC * kUnits; i += 128) {
-        float x[4];
-        load_shared4(tile.at(i / kUnits, i % kUnits * kUnit), x);
-        __stcg(reinterpret_cast<float4*>(to + part * kC * kC) + i, float4{x[0], x[1], x[2], x[3]});
+        __stcg(reinterpret_cast<float4*>(to + part * kC * kC) + i,
+               load_shared4(tile.at(i / kUnits, i % kUnits * kUnit)));
       }
     }
   }
@@ -151,6 +172,9 @@ __global__ __launch_bounds__(F::kThreads,
   __syncthreads();
   if (w.chunks < 0) return;
   const int group = int(threadIdx.x) / 128 - 1;
+#if __CUDA_ARCH__ >= 900
+  static_assert(registers_fit<120, 192, 2>);
+#endif
   if (group < 0) {
 #if __CUDA_ARCH__ >= 900
     if constexpr (F::kAsync && F::kGroups == 2) registers_down<120>();

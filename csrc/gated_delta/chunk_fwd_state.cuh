@@ -159,7 +159,7 @@ struct StateGroup {
   __device__ void subtract_read(int c, float (&r)[kC / 8][4]) const {
     Fragment<E, kC> v;
     load_fragment<kC>(v, shared.values(c).along_mn().from(0, 64 * group()));
-    subtract_from<E, kC>(v, shared.table(c).factors.read, r);
+    subtract_from<E, kC>(v, shared.tokens(c).gam, r);
   }
 
   // S^T as it enters the chunk.
@@ -173,7 +173,7 @@ struct StateGroup {
 
   // The chunk with O and the state's update side by side, and R and Y.
   __device__ void together(int c) {
-    const auto& table = shared.table(c);
+    const auto& tokens = shared.tokens(c);
     const auto k = shared.keys(c).along_k();
     float r[kC / 8][4], y[kC / 8][4], u[kC / 8][4];
     State s;
@@ -196,12 +196,12 @@ struct StateGroup {
     Arch::commit();
     Arch::template wait<0>(u, y, s), a.template finished<Arch>();
 
-    scale_columns(u, table.tokens.beta);
+    scale_columns(u, tokens.beta);
     a.set(u);
-    scale_columns(u, table.factors.write);
+    scale_columns(u, tokens.del);
     d.set(u);
-    scale_columns(y, table.factors.query);
-    scale_all(S, table.tokens.chunk_decay);
+    scale_columns(y, tokens.rq);
+    scale_all(S, tokens.chunk_decay);
     Arch::begin(S, y), a.template begin<Arch>(), d.template begin<Arch>();
     const auto rows = shared.keys(c).along_mn();
     d.template multiply<Arch, kK, false>(S, rows, rows);
@@ -250,7 +250,7 @@ struct StateGroup {
   // The chunk with one product after the other. R and Y are passes of one loop: otherwise the
   // compiler keeps the rounded S of the first for the second, in registers that there are not.
   __device__ void in_turn(int c) {
-    const auto& table = shared.table(c);
+    const auto& tokens = shared.tokens(c);
     float u[kC / 8][4];
     clear<kC>(u);
 #pragma unroll 1
@@ -260,15 +260,15 @@ struct StateGroup {
       if (pass == 0) {
         subtract_read(c, x);
         lower<kPairT>(u, x, shared.inverse(c));
-        scale_columns(u, table.tokens.beta);
+        scale_columns(u, tokens.beta);
       } else {
-        scale_columns(x, table.factors.query);
+        scale_columns(x, tokens.rq);
         lower<kPairP>(x, u, shared.attention(c));
         write<kC>(c, 0, x);
       }
     }
-    scale_columns(u, table.factors.write);
-    scale_all(S, table.tokens.chunk_decay);
+    scale_columns(u, tokens.del);
+    scale_all(S, tokens.chunk_decay);
 #pragma unroll
     for (int j = 0; j < kC; j += kStep) {
       Step s;

@@ -1,25 +1,18 @@
 // T' = (I + A)^-1 for a strictly lower triangular A = L diag(beta) of kC x kC. 32 x 32 by
 // substitution, in place. 64 x 64, for 16-bit inputs: blocks of 16 on the diagonal by substitution,
-// those below by
-//   T'_ij = -T'_ii sum_{j <= m < i} A_im T'_mj                      (products of 3xTF32)
-// in which every factor is bounded where T' is; powers of A are not. Warp w makes block column w,
-// transposed, so that one product's result is the next one's operand in registers.
+// then twice the block below the diagonal of two neighbours, of 16 and of 32,
+//   T'_21 = -T'_22 (A_21 T'_11)                                     (products of 3xTF32)
+// in which every factor is bounded where T' is; powers of A are not. Blocks are transposed in
+// registers, so that one product's result is the next one's operand.
 #pragma once
 #include "common/cuda/mma_sm80.cuh"
 #include "common/cuda/transpose.cuh"
 
 namespace df::cuda {
-// Block i of a block column of T', transposed, as an accumulator: [i][n][e] is T' at row
-// 16 i + 8 n + 2 t + e % 2 and column g + 8 (e / 2) of the block column.
-template <int kC>
-using InverseColumn = float[kC / 16][2][4];
+// A block of 16 x 16, transposed, as an accumulator: [n][e] is row 8 n + 2 t + e % 2 and column
+// g + 8 (e / 2) of it.
+using Block = float[2][4];
 
-__device__ inline void load_shared4(uint32_t from, float (&x)[4]) {
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
-               : "r"(from)
-               : "memory");
-}
 __device__ inline void store_shared(uint32_t to, float x) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(x) : "memory");
 }
@@ -35,8 +28,8 @@ __device__ inline void invert_diagonal(const T& a, int block) {
     x[r] = r == col;
 #pragma unroll
     for (int j = 0; j < r; j += 4) {
-      float row[4];
-      load_shared4(a.at(first + r, first + j), row);
+      const float4 y = load_shared4(a.at(first + r, first + j));
+      const float row[4] = {y.x, y.y, y.z, y.w};
 #pragma unroll
       for (int e = 0; e < 4; ++e)
         if (j + e < r) x[r] -= row[e] * x[j + e];
@@ -48,57 +41,130 @@ __device__ inline void invert_diagonal(const T& a, int block) {
     for (int r = 0; r < kN; ++r) store_shared(a.at(first + r, first + col), x[r]);
 }
 
-// Block column w of T', from A below the diagonal blocks and T' in them; by one warp.
-template <int kC>
-__device__ inline void invert_column(const Tile<float, kC, kC>& a, int w, InverseColumn<kC>& x) {
-  const int thread = thread_anew(), g = thread % 32 / 4, t = thread % 4;
-  const auto blocks = [&](int row, int col) { return a.along_k().from(16 * row, 16 * col); };
+// fn(x[n][e], its address) for all of block (i, j).
+template <class T, class X, class Fn>
+__device__ inline void each_of_block(const T& a, int i, int j, X& x, Fn fn) {
+  const int lane = thread_anew() % 32, row = 16 * i + lane % 4 * 2, col = 16 * j + lane / 4;
 #pragma unroll
-  for (int i = 0; i < kC / 16; ++i) {
+  for (int n = 0; n < 2; ++n)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) fn(x[n][e], a.at(row + 8 * n + e % 2, col + e / 2 * 8));
+}
+template <class T>
+__device__ inline void load_block(const T& a, int i, int j, Block& x) {
+  each_of_block(a, i, j, x, [](float& y, uint32_t at) { y = sm80::load_one(at); });
+}
+template <class T>
+__device__ inline void store_block(const T& a, int i, int j, const Block& x) {
+  each_of_block(a, i, j, x, [](float y, uint32_t at) { store_shared(at, y); });
+}
+
+// x as the sum of two numbers of 11 and 10 bits: the tensor cores ignore the low 13 of 24.
+__device__ inline void cut_tf32(float x, uint32_t& high, uint32_t& low) {
+  high = __float_as_uint(x) & 0xffffe000u;
+  low = __float_as_uint(x - __uint_as_float(high)) & 0xffffe000u;
+}
+// A sum of products of blocks, two parts of 8 columns each in a chain of its own.
+struct BlockSum {
+  float part[2][2][4];
+  __device__ BlockSum() : part{} {}
+  // (block x^T times block (i, m) of a^T)
+  template <class T>
+  __device__ void add(const Block& x, const T& a, int i, int m) {
+    const int lane = thread_anew() % 32, row = 16 * i + lane / 4, col = 16 * m + lane % 4 * 2;
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      uint32_t high[4], low[4];
+      cut_tf32(x[s][0], high[0], low[0]), cut_tf32(x[s][2], high[1], low[1]);
+      cut_tf32(x[s][1], high[2], low[2]), cut_tf32(x[s][3], high[3], low[3]);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const float2 y = sm80::load_two(a.at(row + 8 * n, col + 8 * s));
+        uint32_t high0, high1, low0, low1;
+        cut_tf32(y.x, high0, low0), cut_tf32(y.y, high1, low1);
+        sm80::multiply_tf32(part[s][n], low, high0, high1);
+        sm80::multiply_tf32(part[s][n], high, low0, low1);
+        sm80::multiply_tf32(part[s][n], high, high0, high1);
+      }
+    }
+  }
+  // factor times the sum
+  __device__ void get(float factor, Block& x) const {
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
-      for (int e = 0; e < 4; ++e)
-        x[i][n][e] =
-            i != w ? 0
-                   : sm80::load_one(a.at(16 * w + 8 * n + 2 * t + e % 2, 16 * w + g + 8 * (e / 2)));
-    if (i <= w) continue;
-    float sum[2][4];
-    clear<16>(sum);
+      for (int e = 0; e < 4; ++e) x[n][e] = factor * (part[0][n][e] + part[1][n][e]);
+  }
+};
+
+// T'_21 of the blocks of 16 number 2 w and 2 w + 1, by warps 0 and 1; into the place of A.
+template <class T>
+__device__ inline void join_blocks(const T& a, int w, Block& x) {
+  BlockSum read, joined;
+  load_block(a, 2 * w, 2 * w, x);
+  read.add(x, a, 2 * w + 1, 2 * w);
+  read.get(1, x);
+  joined.add(x, a, 2 * w + 1, 2 * w + 1);
+  joined.get(-1, x);
+  __syncwarp();  // A there has been read
+  store_block(a, 2 * w + 1, 2 * w, x);
+}
+
+// Block (i, j) = (2 + w / 2, w % 2) of T', of the lower left 32 x 32, by four warps:
+//   M_ij = sum_m A_im T'_mj    T'_2j = -T'_22 M_2j    T'_3j = -T'_33 M_3j - T'_32 M_2j
+// the last of which the warp of M_2j makes and leaves in `parts`: a barrier, then take_part.
+template <class T>
+__device__ inline void join_pairs(const T& a, int w, float4 (*parts)[2][32], Block& x) {
+  const int i = 2 + w / 2, j = w % 2, lane = thread_anew() % 32;
+  BlockSum M, own;
+#pragma unroll 1
+  for (int m = j; m < 2; ++m) {
+    load_block(a, m, j, x);
+    M.add(x, a, i, m);
+  }
+  M.get(1, x);
+  own.add(x, a, i, i);
+  if (i == 2) {
+    BlockSum below;
+    below.add(x, a, 3, 2);
+    below.get(-1, x);
 #pragma unroll
-    for (int m = 0; m < i; ++m)
-      if (m >= w)
+    for (int n = 0; n < 2; ++n) parts[j][n][lane] = {x[n][0], x[n][1], x[n][2], x[n][3]};
+  }
+  own.get(-1, x);
+}
+__device__ inline void take_part(int w, const float4 (*parts)[2][32], Block& x) {
+  if (w < 2) return;
 #pragma unroll
-        for (int s = 0; s < 2; ++s) sm80::multiply_step<16>(sum, x[m][s], blocks(i, m), 8 * s);
-#pragma unroll
-    for (int s = 0; s < 2; ++s) sm80::multiply_step<16>(x[i], sum[s], blocks(i, i), 8 * s);
-#pragma unroll
-    for (int n = 0; n < 2; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) x[i][n][e] = -x[i][n][e];
+  for (int n = 0; n < 2; ++n) {
+    const float4 y = parts[w % 2][n][thread_anew() % 32];
+    x[n][0] += y.x, x[n][1] += y.y, x[n][2] += y.z, x[n][3] += y.w;
   }
 }
 
-// Block column w to two tiles, the second of which holds what the first leaves.
-template <int kC, class E>
-__device__ inline void store_inverse(const InverseColumn<kC>& x, int w, const Tile<E, kC, kC>& high,
-                                     const Tile<E, kC, kC>& low) {
-  const int thread = thread_anew(), g = thread % 32 / 4, t = thread % 4;
+// Block (i, j) to two tiles, the second of which holds what the first leaves.
+template <class T>
+__device__ inline void store_pair(const Block& x, int i, int j, const T& high, const T& low) {
+  using E = typename T::E;
+  uint32_t first[4], second[4];
 #pragma unroll
-  for (int i = 0; i < kC / 16; ++i)
-#pragma unroll
-    for (int n = 0; n < 2; ++n)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float first = x[i][n][2 * half], second = x[i][n][2 * half + 1];
-        const int row = 16 * i + 8 * n + g, col = 16 * w + 8 * half + 2 * t;
-        const uint32_t both = pack<E>(first, second);
-        const float2 kept = unpack<E>(both);
-        const uint32_t rest = pack<E>(first - kept.x, second - kept.y);
-        asm volatile("st.shared.b32 [%0], %1;" ::"r"(high.at(row, col)), "r"(transpose8(both))
-                     : "memory");
-        asm volatile("st.shared.b32 [%0], %1;" ::"r"(low.at(row, col)), "r"(transpose8(rest))
-                     : "memory");
-      }
+  for (int m = 0; m < 4; ++m) {
+    const float above = x[m / 2][m % 2 * 2], below = x[m / 2][m % 2 * 2 + 1];
+    first[m] = pack<E>(above, below);
+    const float2 kept = unpack<E>(first[m]);
+    second[m] = pack<E>(above - kept.x, below - kept.y);
+  }
+  store_block_transposed(first, high, 16 * i, 16 * j);
+  store_block_transposed(second, low, 16 * i, 16 * j);
+}
+// Zeros above the diagonal blocks; by 128 threads.
+template <class T>
+__device__ inline void clear_upper(const T& high, const T& low, int thread) {
+  const int row = thread % T::kRows;
+  for (int col = row / 16 * 16 + 16; col < T::kCols; col += 8)
+    asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(
+                     thread < T::kRows ? high.at(row, col) : low.at(row, col)),
+                 "r"(0)
+                 : "memory");
 }
 }  // namespace df::cuda

@@ -55,6 +55,20 @@ __device__ inline void store_rounded(const float (&S)[kN][4], E* to, int stride)
     }
 }
 
+// Four numbers' bits to elements of E that may lie anywhere, the first `count` elements.
+template <class E>
+__device__ inline void store_elements(E* to, const float4& x, int count) {
+  const float words[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+  for (int e = 0; e < 16 / int(sizeof(E)); ++e) {
+    if (e >= count) break;
+    if constexpr (sizeof(E) == 2)
+      to[e].bits = uint16_t(__float_as_uint(words[e / 2]) >> e % 2 * 16);
+    else
+      to[e] = words[e];
+  }
+}
+
 // The 16 columns of this warp in a tile of tokens to `rows` rows of a tensor, of whose `cols`
 // columns the first is the tile's first. Eight lanes meet no bank twice.
 template <class T>
@@ -62,30 +76,21 @@ __device__ inline void store_output(const T& tile, int first_col, typename T::E*
                                     int rows, int cols, bool vectors) {
   using E = typename T::E;
   constexpr int kUnit = 16 / int(sizeof(E)), kUnits = 16 / kUnit;
-  const int thread = thread_anew(), lane = thread % 32, own = thread % 128 / 32 * 16;
-#pragma unroll 1
-  for (int i = 0; i < T::kRows * kUnits; i += 32) {
-    const int rank = (i + lane) / kUnits, row = rank / 8 * 8 + rank % 4 * 2 + rank / 4 % 2;
-    const int col = own + (i + lane) % kUnits * kUnit;
-    if (row >= rows || col >= cols) continue;
-    float x[4];
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
-                 : "r"(tile.at(row, first_col + col))
-                 : "memory");
-    E* const at = to + row * stride + col;
-    if (vectors) {
-      __stcg(reinterpret_cast<float4*>(at), float4{x[0], x[1], x[2], x[3]});
-      continue;
-    }
+  constexpr int kStep = 32 / kUnits;  // rows at once: whole periods of the tile's permutation
+  const int thread = thread_anew(), rank = thread % 32 / kUnits;
+  const int row = rank / 8 * 8 + rank % 4 * 2 + rank / 4 % 2;
+  const int col = thread % 128 / 32 * 16 + thread % kUnits * kUnit;
+  if (col >= cols) return;
+  const uint32_t from = tile.at(row, first_col + col);
+  E* at = to + row * stride + col;
 #pragma unroll
-    for (int e = 0; e < kUnit; ++e) {
-      if (col + e >= cols) break;
-      if constexpr (sizeof(E) == 2)
-        at[e].bits = uint16_t(__float_as_uint(x[e / 2]) >> e % 2 * 16);
-      else
-        at[e] = x[e];
-    }
+  for (int i = 0; i < T::kRows; i += kStep, at += kStep * stride) {
+    if (row + i >= rows) return;
+    const float4 x = load_shared4(from + i * 128);
+    if (vectors)
+      __stcg(reinterpret_cast<float4*>(at), x);
+    else
+      store_elements(at, x, cols - col);
   }
 }
 }  // namespace df::cuda

@@ -67,6 +67,15 @@ struct Tile {
   __device__ Operand<E, Major::mn> along_mn() const { return {base, kRows * 128}; }
 };
 
+__device__ inline float4 load_shared4(uint32_t from) {
+  float4 x;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(from)
+               : "memory");
+  return x;
+}
+
 // Two neighbouring numbers as one register of 16-bit elements, the first in the low half.
 template <class E>
 __device__ inline uint32_t pack(float first, float second) {

@@ -11,6 +11,26 @@ __device__ inline uint32_t transpose8(uint32_t x) {
   return y;
 }
 
+// Four such matrices m to the 8 x 8 at (row + m / 2 * 8, col + m % 2 * 8) of a tile, transposed.
+template <class T>
+__device__ inline void store_block_transposed(const uint32_t (&x)[4], const T& tile, int row,
+                                              int col) {
+  const int lane = thread_anew() % 32;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                   tile.at(row + lane / 16 * 8 + lane % 8, col + lane / 8 % 2 * 8)),
+               "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+               : "memory");
+#else
+#pragma unroll
+  for (int m = 0; m < 4; ++m)
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(
+                     tile.at(row + m / 2 * 8 + lane / 4, col + m % 2 * 8 + lane % 4 * 2)),
+                 "r"(transpose8(x[m]))
+                 : "memory");
+#endif
+}
+
 // 64 rows by kN columns to kN rows of a tile, columns [first_col, first_col + 64). Each warp writes
 // the 16 columns that are its rows.
 template <int kN, class T>
