@@ -430,7 +430,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const int group = threadIdx.x / 128;
 #if __CUDA_ARCH__ >= 900
   if constexpr (M::kAsync && C::kMaxGroups == 2) {
-    static_assert(registers_fit<96, 200, 2>);
+    static_assert(registers_fit(3, 96 + 2 * 200));
     if (group == groups)
       registers_down<96>();
     else

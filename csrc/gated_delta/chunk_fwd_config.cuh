@@ -31,7 +31,6 @@ struct FwdConfig {
 
   struct alignas(16) Rest {
     TokenTable<kC> tokens[kTables + 1];  // the one of the next chunk
-    typename Work::Parts parts;
     Pipeline<kStages, kTables> pipe;
     Walk walk;
   };

@@ -32,6 +32,7 @@ struct Ahead {
   const Walk& w;
   const FwdShared<F>& shared;
   static constexpr int kC = F::kC;
+  static_assert(registers_fit(3, 120 + 2 * 192));
 
   // Tokens are loaded, and their tables made, another chunk ahead.
   __device__ void run() const {
@@ -40,6 +41,7 @@ struct Ahead {
       Tokens first{*this, 0};
       first.request(), first.run();
     }
+    named_barrier_sync(kAheadBarrier, 128);
     for (int c = -kAhead; c < w.chunks; ++c) {
       shared.rest->pipe.wait_done(c - F::kTables);
       if (c + kAhead < w.chunks) load(c + kAhead);
@@ -86,7 +88,10 @@ struct Ahead {
                    of.w.head, lane);
     }
     __device__ void run() const {
-      make_tokens(of.p.in, lane, rows(), of.w.head, of.shared.tokens(chunk));
+      TokenTable<kC>& table = of.shared.tokens(chunk);
+      make_tokens(of.p.in, lane, rows(), of.w.head, table);
+      if (of.p.in.l2norm) return;  // norms are made with the tiles, which are not here yet
+      for (int i = threadIdx.x % 32; i < kC; i += 32) table.rq[i] = table.rk[i] = 1;
     }
   };
 
@@ -112,15 +117,15 @@ struct Ahead {
     Tokens next{*this, c + 1};
     wait_loaded(c);
     F::Work::template make<F::kHigh>(
-        keys, tokens, p.o != nullptr, shared.inverse(c), shared.attention(c), shared.rest->parts,
-        kAheadBarrier,
+        keys, tokens, p.o != nullptr, shared.inverse(c), shared.attention(c), kAheadBarrier,
         [&] {
-          const int thread = thread_anew();
-          row_norms<128>(Half{keys, 0}, p.in.l2norm, thread, tokens.rk);
-          row_norms<128>(Half{keys, kC}, p.in.l2norm && p.o, thread, tokens.rq);
+          if (!p.in.l2norm) return;
+          row_norms<128>(Half{keys, 0}, true, thread_anew(), tokens.rk);
+          row_norms<128>(Half{keys, kC}, p.o != nullptr, thread_anew(), tokens.rq);
+          named_barrier_sync(kAheadBarrier, 128);
         },
         next);
-    combine_factors(tokens, thread_anew());
+    combine_factors(tokens, p.in.scale, thread_anew());
     F::Arch::stores_visible();
     shared.rest->pipe.arrive_ready(c);
     if (p.inverse.data && w.v0 == 0) save_inverse(c);
@@ -172,9 +177,6 @@ __global__ __launch_bounds__(F::kThreads,
   __syncthreads();
   if (w.chunks < 0) return;
   const int group = int(threadIdx.x) / 128 - 1;
-#if __CUDA_ARCH__ >= 900
-  static_assert(registers_fit<120, 192, 2>);
-#endif
   if (group < 0) {
 #if __CUDA_ARCH__ >= 900
     if constexpr (F::kAsync && F::kGroups == 2) registers_down<120>();

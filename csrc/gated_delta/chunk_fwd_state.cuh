@@ -156,10 +156,8 @@ struct StateGroup {
       store_state(p.final_state + outer(), p.in.state_v_first, p.in.shape, v0(), S);
   }
 
-  __device__ void subtract_read(int c, float (&r)[kC / 8][4]) const {
-    Fragment<E, kC> v;
+  __device__ void load_values(int c, Fragment<E, kC>& v) const {
     load_fragment<kC>(v, shared.values(c).along_mn().from(0, 64 * group()));
-    subtract_from<E, kC>(v, shared.tokens(c).gam, r);
   }
 
   // S^T as it enters the chunk.
@@ -184,8 +182,10 @@ struct StateGroup {
     Arch::commit();
     if (p.o) Arch::template mma<kC>(y, s, k.from(kC, 0));
     Arch::commit();
+    Fragment<E, kC> v;
+    load_values(c, v);
     Arch::template wait<1>(r);
-    subtract_read(c, r);
+    subtract_from<E, kC>(v, tokens.gam, r);
 
     Whole a, d;
     a.set(r);
@@ -258,7 +258,9 @@ struct StateGroup {
       float x[kC / 8][4];
       read(c, pass, x);
       if (pass == 0) {
-        subtract_read(c, x);
+        Fragment<E, kC> v;
+        load_values(c, v);
+        subtract_from<E, kC>(v, tokens.gam, x);
         lower<kPairT>(u, x, shared.inverse(c));
         scale_columns(u, tokens.beta);
       } else {
@@ -286,7 +288,6 @@ struct StateGroup {
   __device__ void write(int c, int first, float (&y)[kN / 8][4]) const {
     const ChunkShape& shape = p.in.shape;
     const TileRows<typename F::Values, kN> tile{shared.values(c), first};
-    scale_all(y, p.in.scale);
     __syncwarp();
     store_transposed<kN>(y, tile, 64 * group());
     __syncwarp();

@@ -110,12 +110,18 @@ __device__ inline void join_blocks(const T& a, int w, Block& x) {
   store_block(a, 2 * w + 1, 2 * w, x);
 }
 
+// Where a lane leaves 4 numbers for the same lane of another warp: in a block above the diagonal.
+template <class T>
+__device__ inline uint32_t part_address(const T& a, int j, int n) {
+  const int lane = thread_anew() % 32;
+  return a.at(32 * j + lane % 16, 48 + lane / 16 * 8 + 4 * n);
+}
 // Block (i, j) = (2 + w / 2, w % 2) of T', of the lower left 32 x 32, by four warps:
 //   M_ij = sum_m A_im T'_mj    T'_2j = -T'_22 M_2j    T'_3j = -T'_33 M_3j - T'_32 M_2j
-// the last of which the warp of M_2j makes and leaves in `parts`: a barrier, then take_part.
+// the last of which the warp of M_2j makes and leaves: a barrier, then take_part.
 template <class T>
-__device__ inline void join_pairs(const T& a, int w, float4 (*parts)[2][32], Block& x) {
-  const int i = 2 + w / 2, j = w % 2, lane = thread_anew() % 32;
+__device__ inline void join_pairs(const T& a, int w, Block& x) {
+  const int i = 2 + w / 2, j = w % 2;
   BlockSum M, own;
 #pragma unroll 1
   for (int m = j; m < 2; ++m) {
@@ -129,15 +135,19 @@ __device__ inline void join_pairs(const T& a, int w, float4 (*parts)[2][32], Blo
     below.add(x, a, 3, 2);
     below.get(-1, x);
 #pragma unroll
-    for (int n = 0; n < 2; ++n) parts[j][n][lane] = {x[n][0], x[n][1], x[n][2], x[n][3]};
+    for (int n = 0; n < 2; ++n)
+      asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(part_address(a, j, n)),
+                   "f"(x[n][0]), "f"(x[n][1]), "f"(x[n][2]), "f"(x[n][3])
+                   : "memory");
   }
   own.get(-1, x);
 }
-__device__ inline void take_part(int w, const float4 (*parts)[2][32], Block& x) {
+template <class T>
+__device__ inline void take_part(const T& a, int w, Block& x) {
   if (w < 2) return;
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
-    const float4 y = parts[w % 2][n][thread_anew() % 32];
+    const float4 y = load_shared4(part_address(a, w % 2, n));
     x[n][0] += y.x, x[n][1] += y.y, x[n][2] += y.z, x[n][3] += y.w;
   }
 }

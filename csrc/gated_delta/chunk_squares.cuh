@@ -7,11 +7,11 @@
 
 namespace df::cuda {
 // What the state warpgroups scale rows of tokens with, when nothing else needs the table any more:
-// gam becomes gam_i / |k_i|, rq gam_i / |q_i|, and del del_i / |k_i|.
+// gam becomes gam_i / |k_i|, rq sc gam_i / |q_i|, and del del_i / |k_i|.
 template <int kC>
-__device__ inline void combine_factors(TokenTable<kC>& t, int thread) {
+__device__ inline void combine_factors(TokenTable<kC>& t, float scale, int thread) {
   if (thread >= kC) return;
-  t.rq[thread] *= t.gam[thread];
+  t.rq[thread] *= scale * t.gam[thread];
   t.gam[thread] *= t.rk[thread], t.del[thread] *= t.rk[thread];
 }
 
@@ -28,56 +28,86 @@ __device__ inline void keep_remainder(float (&c)[kN][4]) {
 }
 
 __device__ inline float2 load_pair(const float* x) { return *reinterpret_cast<const float2*>(x); }
+__device__ inline float difference(const float2& x, const float2& y) {
+  return (x.x - y.x) + (x.y - y.y);
+}
 
-// What a lane needs of its rows of an accumulator, row and row + 8 of a warp's 16 from `first` on;
-// its columns are col and col + 1 of each 8.
+// e^{G_i - G_j} / |k_j| for this lane's elements of 16 rows of an accumulator, those of block w of
+// the diagonal: elements before it as a product of two that are both at most 1 for g <= 0,
+//   e^{G_i - G_f} e^{G_f - G_j},   f the block's first row
+// which takes powers of rows and columns instead of elements, and elements on it as they are. Above
+// the diagonal, where they may be infinite, arguments are selected, not results: that would put a
+// branch around each power.
 template <int kC>
-struct LaneRows {
-  int row, col;
-  float2 G[2];
-  float rq[2], rk[2];
-  __device__ LaneRows(const TokenTable<kC>& t, int first) {
+struct LaneDecays {
+  static constexpr int kBlocks = kC / 16;
+  int block, row, col;  // of the lane's first element; its columns are col and col + 1 of each 8
+  float rows[2];
+  float columns[kBlocks - 1][4];
+  float diagonal[2][4];
+
+  __device__ LaneDecays(const TokenTable<kC>& t, int block) : block(block) {
     const int lane = thread_anew() % 32;
-    row = first + lane / 4, col = lane % 4 * 2;
+    row = 16 * block + lane / 4, col = lane % 4 * 2;
+    const float2 G[2] = {t.G[row], t.G[row + 8]}, first = t.G[16 * block];
+    rows[0] = exp2_fast(difference(G[0], first)), rows[1] = exp2_fast(difference(G[1], first));
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-      G[i] = t.G[row + 8 * i], rq[i] = t.rq[row + 8 * i], rk[i] = t.rk[row + 8 * i];
+    for (int b = 0; b < kBlocks - 1; ++b) {
+      if (b >= block) break;
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const float2 rk = load_pair(&t.rk[16 * b + 8 * n + col]);
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          columns[b][2 * n + e] =
+              exp2_fast(difference(first, t.G[16 * b + 8 * n + col + e])) * (e ? rk.y : rk.x);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const int j = 16 * block + 8 * n + col;
+      const float2 rk = load_pair(&t.rk[j]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float x = difference(G[i / 2], t.G[j + i % 2]);
+        diagonal[n][i] =
+            exp2_fast(row + i / 2 * 8 >= j + i % 2 ? x : -INFINITY) * (i % 2 ? rk.y : rk.x);
+      }
+    }
+  }
+
+  // x_ij <- x_ij decay_ij norms_i factors_j; without factors: 1. Strict: zeros on the diagonal.
+  template <bool kStrict>
+  __device__ void apply(const float* norms, const float* factors, float (&x)[kC / 8][4]) const {
+    const float own[2] = {norms[row], norms[row + 8]};
+    const float far[2] = {own[0] * rows[0], own[1] * rows[1]};
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        float(&y)[4] = x[2 * b + n];
+        if (b > block) {
+          y[0] = y[1] = y[2] = y[3] = 0;
+          continue;
+        }
+        const int j = 16 * b + 8 * n + col;
+        const float2 factor = factors ? load_pair(factors + j) : float2{1, 1};
+        if (b < block) {
+          const float by[2] = {columns[b % (kBlocks - 1)][2 * n] * factor.x,
+                               columns[b % (kBlocks - 1)][2 * n + 1] * factor.y};
+#pragma unroll
+          for (int i = 0; i < 4; ++i) y[i] *= far[i / 2] * by[i % 2];
+        } else {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const bool zero = kStrict && row + i / 2 * 8 == j + i % 2;
+            const float decay = zero ? 0 : diagonal[n][i];
+            y[i] *= decay * (own[i / 2] * (i % 2 ? factor.y : factor.x));
+          }
+        }
+      }
   }
 };
-// d = e^{G_i - G_j} for the columns of tile n; 0 above the diagonal, where it may be infinite. The
-// argument is selected, not the result: that would put a branch around each power.
-template <int kC>
-__device__ inline void lower_decays(const TokenTable<kC>& t, const LaneRows<kC>& r, int n,
-                                    float (&d)[4]) {
-  const float4 from = *reinterpret_cast<const float4*>(&t.G[8 * n + r.col]);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 to = r.G[i / 2];
-    const float x = i % 2 ? (to.x - from.z) + (to.y - from.w) : (to.x - from.x) + (to.y - from.y);
-    d[i] = exp2_fast(r.row + i / 2 * 8 >= 8 * n + r.col + i % 2 ? x : -INFINITY);
-  }
-}
-
-// x = lower(Gam o QK^T) from QK^T, norms included
-template <int kC>
-__device__ inline void to_attention(const TokenTable<kC>& t, const LaneRows<kC>& r, int n,
-                                    const float (&d)[4], float (&x)[4]) {
-  const float2 rk = load_pair(t.rk + 8 * n + r.col);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) x[i] *= d[i] * (r.rq[i / 2] * (i % 2 ? rk.y : rk.x));
-}
-// x = strictlower(Gam o KK^T) diag(beta) from KK^T
-template <int kC>
-__device__ inline void to_system(const TokenTable<kC>& t, const LaneRows<kC>& r, int n,
-                                 const float (&d)[4], float (&x)[4]) {
-  const float2 rk = load_pair(t.rk + 8 * n + r.col), beta = load_pair(t.beta + 8 * n + r.col);
-  const float by[2] = {rk.x * beta.x, rk.y * beta.y};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const bool diagonal = r.row + i / 2 * 8 == 8 * n + r.col + i % 2;
-    x[i] *= (diagonal ? 0 : d[i]) * (r.rk[i / 2] * by[i % 2]);
-  }
-}
 
 // `keys`: rows of k, then of q; the products' 64 rows are those of k and then of q for kC = 64, the
 // two together for kC = 32, where warps 0 and 1 make A and 2 and 3 make P.
@@ -87,22 +117,19 @@ struct Squares {
   using Square = Tile<E, kC, kC>;
   static constexpr int kParts = sizeof(E) == 2 ? 2 : 1;  // of T'
 
-  using Parts = float4[kC == 64 ? 2 : 1][2][kC == 64 ? 32 : 1];
-
   // T' to `inverse` (two squares for 16 bits), P to `p` (two if high), if there are queries. By all
-  // warps of the group, which have a named barrier of their own; `norms`, by all of them, fills the
-  // table's norms while tensor cores multiply, and a warp that has nothing to invert meanwhile does
-  // what is `aside`, requested before.
+  // warps of the group, which have a named barrier of their own; `norms`, by all of them, completes
+  // the table while tensor cores multiply, and a warp that has nothing to invert meanwhile does what
+  // is `aside`, requested before.
   template <bool kHigh, class Norms, class Aside>
   __device__ static void make(const Keys& keys, const TokenTable<kC>& t, bool queries,
-                              uint32_t inverse, uint32_t p, Parts& parts, int barrier, Norms norms,
-                              Aside& aside) {
+                              uint32_t inverse, uint32_t p, int barrier, Norms norms, Aside& aside) {
     const int warp = threadIdx.x % 128 / 32;
     const Tile<float, kC, kC> a{inverse};
     if constexpr (kC == 64)
-      multiply_squares<kHigh>(keys, t, queries, a, p, barrier, norms);
+      multiply_squares<kHigh>(keys, t, queries, a, p, norms);
     else
-      multiply_both<kHigh>(keys, t, queries, a, p, barrier, norms);
+      multiply_both<kHigh>(keys, t, queries, a, p, norms);
     if (warp == 3) aside.request();
     if constexpr (kC == 32) {
       named_barrier_sync(barrier, 128);
@@ -117,10 +144,11 @@ struct Squares {
       if (warp == 3) aside.run();
       named_barrier_sync(barrier, 128);
       Block x, own;
-      join_pairs(a, warp, parts, x);
+      join_pairs(a, warp, x);
       load_block(a, warp, warp, own);
+      named_barrier_sync(barrier, 128);
+      take_part(a, warp, x);
       named_barrier_sync(barrier, 128);  // T' takes the room of A
-      take_part(warp, parts, x);
       const Square high{inverse}, low{inverse + Square::kBytes};
       if (warp < 2) store_pair(joined, 2 * warp + 1, 2 * warp, high, low);
       store_pair(x, 2 + warp / 2, warp % 2, high, low);
@@ -130,76 +158,47 @@ struct Squares {
   }
 
  private:
-  // Both products side by side; without wgmma one after the other, which takes half the registers.
+  // One product after the other: side by side they would take twice the registers.
   template <bool kHigh, class Norms>
   __device__ static void multiply_squares(const Keys& keys, const TokenTable<kC>& t, bool queries,
-                                          const Tile<float, kC, kC>& a, uint32_t p, int barrier,
-                                          Norms norms) {
-    float kk[kC / 8][4];
-    clear<kC>(kk);
-    if constexpr (Arch::kAsync) {
-      float qk[kC / 8][4];
-      clear<kC>(qk);
-      Arch::begin(kk, qk);
-      Arch::template mma<kC, kK>(kk, keys.along_k(), keys.along_k());
-      if (queries) Arch::template mma<kC, kK>(qk, keys.along_k().from(kC, 0), keys.along_k());
-      Arch::commit();
-      norms();
-      Arch::template wait<0>(kk, qk);
-      named_barrier_sync(barrier, 128);
-      const LaneRows<kC> rows(t, threadIdx.x % 128 / 32 * 16);
-#pragma unroll
-      for (int n = 0; n < kC / 8; ++n) {
-        float d[4];
-        lower_decays(t, rows, n, d);
-        to_system(t, rows, n, d, kk[n]);
-        if (queries) to_attention(t, rows, n, d, qk[n]);
-      }
-      if (queries) store_attention<kHigh>(qk, p);
-    } else {
-      norms();
-      named_barrier_sync(barrier, 128);
-      const LaneRows<kC> rows(t, threadIdx.x % 128 / 32 * 16);
-      float d[4];
-      if (queries) {
-        Arch::template mma<kC, kK>(kk, keys.along_k().from(kC, 0), keys.along_k());
-#pragma unroll
-        for (int n = 0; n < kC / 8; ++n)
-          lower_decays(t, rows, n, d), to_attention(t, rows, n, d, kk[n]);
-        store_attention<kHigh>(kk, p);
-        clear<kC>(kk);
-      }
-      Arch::template mma<kC, kK>(kk, keys.along_k(), keys.along_k());
-#pragma unroll
-      for (int n = 0; n < kC / 8; ++n)
-        lower_decays(t, rows, n, d), to_system(t, rows, n, d, kk[n]);
+                                          const Tile<float, kC, kC>& a, uint32_t p, Norms norms) {
+    float x[kC / 8][4];
+    multiply(x, keys, queries ? kC : 0);
+    norms();
+    const LaneDecays<kC> decays(t, threadIdx.x % 128 / 32);
+    Arch::template wait<0>(x);
+    if (queries) {
+      decays.template apply<false>(t.rq, nullptr, x);
+      store_attention<kHigh>(x, p);
+      multiply(x, keys, 0);
+      Arch::template wait<0>(x);
     }
-    store_tile<kC>(kk, a);
+    decays.template apply<true>(t.rk, t.beta, x);
+    store_tile<kC>(x, a);
+  }
+  // x = the rows of [K; Q] from `first` on times K^T
+  __device__ static void multiply(float (&x)[kC / 8][4], const Keys& keys, int first) {
+    clear<kC>(x);
+    Arch::begin(x);
+    Arch::template mma<kC, kK>(x, keys.along_k().from(first, 0), keys.along_k());
+    Arch::commit();
   }
   template <bool kHigh, class Norms>
   __device__ static void multiply_both(const Keys& keys, const TokenTable<kC>& t, bool queries,
-                                       const Tile<float, kC, kC>& a, uint32_t p, int barrier,
-                                       Norms norms) {
+                                       const Tile<float, kC, kC>& a, uint32_t p, Norms norms) {
     const int warp = threadIdx.x % 128 / 32;
     float both[kC / 8][4];
     clear<kC>(both);
     if (warp < 2 || queries) multiply_by_parts(keys, both);
     norms();
-    named_barrier_sync(barrier, 128);
-    const LaneRows<kC> rows(t, warp % 2 * 16);
-#pragma unroll
-    for (int n = 0; n < kC / 8; ++n) {
-      float d[4];
-      lower_decays(t, rows, n, d);
-      if (warp < 2)
-        to_system(t, rows, n, d, both[n]);
-      else
-        to_attention(t, rows, n, d, both[n]);
-    }
-    if (warp < 2)
+    const LaneDecays<kC> decays(t, warp % 2);
+    if (warp < 2) {
+      decays.template apply<true>(t.rk, t.beta, both);
       store_tile<kC>(both, a);
-    else if (queries)
+    } else if (queries) {
+      decays.template apply<false>(t.rq, nullptr, both);
       store_attention<kHigh>(both, p - kC * 128);
+    }
   }
   // Sums of 32 columns of K at a time: what all elements of KK^T have in common of an error, as
   // with equal keys, T' makes a hundred times larger.

@@ -55,7 +55,7 @@ __device__ inline void store_rounded(const float (&S)[kN][4], E* to, int stride)
     }
 }
 
-// Four numbers' bits to elements of E that may lie anywhere, the first `count` elements.
+// Sixteen bytes to elements that may lie anywhere, the first `count` of them.
 template <class E>
 __device__ inline void store_elements(E* to, const float4& x, int count) {
   const float words[4] = {x.x, x.y, x.z, x.w};
@@ -82,15 +82,18 @@ __device__ inline void store_output(const T& tile, int first_col, typename T::E*
   const int col = thread % 128 / 32 * 16 + thread % kUnits * kUnit;
   if (col >= cols) return;
   const uint32_t from = tile.at(row, first_col + col);
-  E* at = to + row * stride + col;
+  E* const first = to + row * stride + col;
+  if (vectors && rows >= T::kRows) {
+    float4 x[T::kRows / kStep];
 #pragma unroll
-  for (int i = 0; i < T::kRows; i += kStep, at += kStep * stride) {
-    if (row + i >= rows) return;
-    const float4 x = load_shared4(from + i * 128);
-    if (vectors)
-      __stcg(reinterpret_cast<float4*>(at), x);
-    else
-      store_elements(at, x, cols - col);
+    for (int i = 0; i < T::kRows / kStep; ++i) x[i] = load_shared4(from + i * kStep * 128);
+#pragma unroll
+    for (int i = 0; i < T::kRows / kStep; ++i)
+      __stcg(reinterpret_cast<float4*>(first + i * kStep * stride), x[i]);
+    return;
   }
+#pragma unroll 1
+  for (int i = 0; row + i < rows && i < T::kRows; i += kStep)
+    store_elements(first + i * stride, load_shared4(from + i * 128), cols - col);
 }
 }  // namespace df::cuda

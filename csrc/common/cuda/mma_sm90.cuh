@@ -144,9 +144,12 @@ __device__ inline void by_columns(float (&c)[kN / 8][4], Fn fn) {
     by_columns<kN, kFirst + kWidth>(c, fn);
   }
 }
+// The descriptor of the part of an operand from (mn, k) on, from that of the whole: a constant more.
 template <class E, Major kMajor>
-__device__ inline Operand<E, kMajor> part(Operand<E, kMajor> x, int mn, int k) {
-  return kMajor == Major::k ? x.from(mn, k) : x.from(k, mn);
+__device__ inline uint64_t part(Operand<E, kMajor> x, uint64_t whole, int mn, int k) {
+  const auto from = kMajor == Major::k ? x.from(mn, k) : x.from(k, mn);
+  const uint32_t low = uint32_t(whole) + ((from.first - x.first) >> 4);
+  return (whole & ~0xffffffffull) | low;
 }
 }  // namespace sm90
 
@@ -156,21 +159,21 @@ struct Sm90 {
   template <int kN, int kK, class E, Major kMajor>
   __device__ static void mma(float (&c)[kN / 8][4], const Fragment<E, kK>& a,
                              Operand<E, kMajor> b) {
+    const uint64_t whole = sm90::descriptor(b);
 #pragma unroll
     for (int k = 0; k < kK / 16; ++k)
       sm90::by_columns<kN>(c, [&](auto& tile, int n) {
-        sm90::multiply_rs<E, kMajor == Major::mn>(tile, a.r[k],
-                                                  sm90::descriptor(sm90::part(b, n, 16 * k)));
+        sm90::multiply_rs<E, kMajor == Major::mn>(tile, a.r[k], sm90::part(b, whole, n, 16 * k));
       });
   }
   template <int kN, int kK, class E, Major kMajorA, Major kMajorB>
   __device__ static void mma(float (&c)[kN / 8][4], Operand<E, kMajorA> a, Operand<E, kMajorB> b) {
+    const uint64_t of_a = sm90::descriptor(a), of_b = sm90::descriptor(b);
 #pragma unroll
     for (int k = 0; k < kK / 16; ++k)
       sm90::by_columns<kN>(c, [&](auto& tile, int n) {
         sm90::multiply_ss<E, kMajorA == Major::mn, kMajorB == Major::mn>(
-            tile, sm90::descriptor(sm90::part(a, 0, 16 * k)),
-            sm90::descriptor(sm90::part(b, n, 16 * k)));
+            tile, sm90::part(a, of_a, 0, 16 * k), sm90::part(b, of_b, n, 16 * k));
       });
   }
   template <class... Registers>

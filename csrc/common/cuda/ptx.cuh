@@ -83,11 +83,11 @@ __device__ inline void tma_load(uint32_t to, const void* map, uint64_t* barrier,
       "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z), "r"(w)
       : "memory");
 }
-// A CTA has the registers of its launch and no more: where one warpgroup's kDown and the other
-// warpgroups' kUp do not fit into them, registers_up waits for ever.
-template <int kDown, int kUp, int kGroups>
-inline constexpr bool registers_fit =
-    kDown + kGroups * kUp <= (kGroups + 1) * (65536 / (128 * (kGroups + 1)) & ~7);
+// A CTA has the registers of its launch and no more: if those of its warpgroups after the changes
+// add up to more, registers_up waits for ever.
+constexpr bool registers_fit(int warpgroups, int sum) {
+  return sum <= warpgroups * (65536 / (128 * warpgroups) & ~7);
+}
 template <int kRegisters>
 __device__ inline void registers_up() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));

@@ -96,6 +96,7 @@ __device__ inline float2 unpack(uint32_t both) {
 __device__ inline int thread_anew() {
   int x;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  __builtin_assume(x >= 0);
   return x;
 }
 __device__ inline int anew(int x) {  // likewise
@@ -171,11 +172,12 @@ __device__ inline int fragment_col(int n, int i) {
 template <int kN, class T>
 __device__ inline void store_tile(const float (&c)[kN / 8][4], const T& tile) {
   using E = typename T::E;
+  const int thread = thread_anew(), row = thread % 128 / 32 * 16 + thread % 32 / 4;
 #pragma unroll
   for (int n = 0; n < kN / 8; ++n)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint32_t to = tile.at(fragment_row(2 * half), fragment_col(n, 0));
+      const uint32_t to = tile.at(row + 8 * half, 8 * n + thread % 4 * 2);
       if constexpr (sizeof(E) == 2)
         asm volatile("st.shared.b32 [%0], %1;" ::"r"(to),
                      "r"(pack<E>(c[n][2 * half], c[n][2 * half + 1]))

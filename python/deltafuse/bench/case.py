@@ -10,14 +10,14 @@ class Case:
 
     Attributes:
         ours, reference: functions without arguments; the reference is the plain PyTorch that the
-            operator falls back on, except where a benchmark says otherwise.
+            operator falls back on, except where a benchmark says otherwise. None: it is not timed.
         baselines: further implementations of the same function, by name.
         check: () -> [(name, ours, expected, limit)], the correctness gate on fresh tensors.
         compiled: torch.compile -> the plain PyTorch function wrapped in it, or None.
     """
 
     ours: Callable
-    reference: Callable
+    reference: Callable | None
     baselines: dict = field(default_factory=dict)
     check: Callable = list
     compiled: Callable | None = None

@@ -73,7 +73,7 @@ def packed_inputs(shape, device):
 
 
 def rivals(train):
-    """{name: function of (q, k, v, g, beta, cu_seqlens)} of the packages that are installed."""
+    """{name: bind} of the packages that are installed; bind(inputs, cu_seqlens) -> () -> o."""
     found = {}
     for name, (module, trains) in RIVALS.items():
         if train and not trains:
@@ -87,98 +87,96 @@ def rivals(train):
 
 
 def logarithmic(function):
-    def call(q, k, v, g, beta, cu):
-        return function(q, k, v, g, beta, cu_seqlens=cu)[0]
-
-    return call
+    """q, k, v, g, beta and cu_seqlens as we take them."""
+    return lambda inputs, cu: lambda: function(*inputs, cu_seqlens=cu)[0]
 
 
 def linear_decay(function):
-    """flashinfer takes alpha = e^g, tokens without a batch, and int64 offsets."""
+    """flashinfer takes alpha = e^g, which is not timed, and tokens without a batch."""
 
-    def call(q, k, v, g, beta, cu):
-        q, k, v, alpha, beta = (x[0] for x in (q, k, v, g.exp(), beta))
-        o = function(q, k, v, alpha, beta, cu_seqlens=cu.long())
-        return (o[0] if isinstance(o, tuple) else o).unsqueeze(0)
+    def bind(inputs, cu):
+        q, k, v, g, beta = (x[0] for x in inputs)
+        alpha, offsets = g.exp(), cu.long()
+        return lambda: function(q, k, v, alpha, beta, cu_seqlens=offsets).unsqueeze(0)
 
-    return call
-
-
-def ours(q, k, v, g, beta, cu):
-    return gated_delta.chunk_gated_delta_rule(q, k, v, g, beta, cu_seqlens=cu)[0]
+    return bind
 
 
-def reference(q, k, v, g, beta, cu):
-    return gated_delta.naive_chunk_gated_delta_rule(q, k, v, g, beta, cu_seqlens=cu)[0]
+ours = logarithmic(gated_delta.chunk_gated_delta_rule)
+reference = logarithmic(gated_delta.naive_chunk_gated_delta_rule)
 
 
 def exact(inputs, cu, run):
     """The reference's result in float64 for the same numbers."""
-    return run(reference, [x.detach().double().requires_grad_() for x in inputs], cu)
+    return run(reference, [x.double() for x in inputs], cu)
 
 
-def captured(function):
-    """The function as replays of a CUDA graph; itself where it cannot be captured, or no GPU."""
+def captured(prepare):
+    """prepare() -> function; the function as replays of a CUDA graph.
+
+    Both run on the graph's stream: a backward does on that of its forward. The function itself
+    where it cannot be captured, or without a GPU.
+    """
     if not torch.cuda.is_available():
-        return function
-    try:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(10):  # lazy set-up and tuning
-                function()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        return prepare()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function = prepare()
+        for _ in range(5):  # lazy set-up and tuning
             function()
-    except RuntimeError:
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            function()
+    except (RuntimeError, AssertionError):
         torch.cuda.synchronize()
         return function
     return graph.replay
 
 
+def case_of(prepare, check):
+    """The timed functions: the reference only checks, a call of it takes a hundred of ours."""
+    timed = {name: captured(function) for name, function in prepare.items()}
+    return Case(ours=timed.pop("ours"), reference=None, baselines=timed, check=check)
+
+
 def forward_case(shape, device):
     inputs, cu = packed_inputs(shape, device)
 
-    def run(function, tensors, cu):
-        return function(*tensors, cu)
+    def run(bind, tensors, cu):
+        return bind(tensors, cu)()
 
-    functions = {"ours": ours, "reference": reference, **rivals(train=False)}
-    timed = {name: captured(partial(f, *inputs, cu)) for name, f in functions.items()}
-    return Case(
-        ours=timed.pop("ours"),
-        reference=timed.pop("reference"),
-        baselines=timed,
-        check=lambda: [("o", run(ours, inputs, cu), exact(inputs, cu, run), LIMITS["o"])],
+    binds = {"ours": ours, **rivals(train=False)}
+    return case_of(
+        {name: partial(bind, inputs, cu) for name, bind in binds.items()},
+        lambda: [("o", run(ours, inputs, cu), exact(inputs, cu, run), LIMITS["o"])],
     )
 
 
 def backward_case(shape, device):
     """The backward alone: of a forward that has been run once."""
     inputs, cu = packed_inputs(shape, device)
-    inputs = [x.requires_grad_() for x in inputs]
     d_o = torch.randn_like(inputs[2])
 
-    def run(function, tensors, cu):
-        return torch.autograd.grad(function(*tensors, cu), tensors, d_o.to(tensors[2].dtype))
+    def run(bind, tensors, cu):
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        o = bind(leaves, cu)()
+        return torch.autograd.grad(o, leaves, d_o.to(o.dtype))
 
-    def alone(function):
-        o = function(*inputs, cu)
-        return captured(lambda: torch.autograd.grad(o, inputs, d_o, retain_graph=True))
+    def alone(bind):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        o = bind(leaves, cu)()
+        return lambda: torch.autograd.grad(o, leaves, d_o, retain_graph=True)
 
     def check():
         pairs = zip(run(ours, inputs, cu), exact(inputs, cu, run), strict=True)
         names = ("dq", "dk", "dv", "dg", "dbeta")
         return [(name, *pair, LIMITS[name]) for name, pair in zip(names, pairs, strict=True)]
 
-    functions = {"ours": ours, "reference": reference, **rivals(train=True)}
-    timed = {name: alone(f) for name, f in functions.items()}
-    return Case(
-        ours=timed.pop("ours"),
-        reference=timed.pop("reference"),
-        baselines=timed,
-        check=check,
-    )
+    binds = {"ours": ours, **rivals(train=True)}
+    return case_of({name: partial(alone, bind) for name, bind in binds.items()}, check)
 
 
 def forward_flops(shape):

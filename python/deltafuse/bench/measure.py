@@ -28,7 +28,8 @@ def correctness(case):
 
 def functions(case, compile_baseline):
     """{row name: function}, ours first."""
-    named = {OURS: case.ours, REFERENCE: case.reference, **case.baselines}
+    reference = {REFERENCE: case.reference} if case.reference else {}
+    named = {OURS: case.ours, **reference, **case.baselines}
     if compile_baseline and case.compiled:
         torch.compiler.reset()  # the limit on recompilations is one for all shapes and types
         named[COMPILED] = case.compiled(torch.compile)

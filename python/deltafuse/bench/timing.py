@@ -10,7 +10,7 @@ import torch
 
 SAMPLE = 5e-3  # seconds a sample lasts at least: short calls are repeated within it
 BUDGET = 20.0  # seconds for all samples of one case, if the number of rounds is not given
-ROUNDS = {"cpu": (5, 50), "cuda": (50, 200)}  # fewest and most
+ROUNDS = {"cpu": (5, 50), "cuda": (30, 100)}  # fewest and most
 
 
 @dataclass(frozen=True)
