@@ -127,6 +127,16 @@ def test_changes_are_noticed(change):
     change_and_compare(change, {})
 
 
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "weight_decay_1d"])
+def test_rates_written_in_place_are_noticed(name):
+    """As schedules of captured graphs do: the tensor stays, its value changes."""
+
+    def write(optimizer, params):
+        optimizer.param_groups[0][name].fill_(5e-2)
+
+    change_and_compare(write, {name: torch.tensor(1e-3)})
+
+
 def test_state_replaced_behind_the_optimizers_back_is_noticed():
     """Someone kept a parameter's dict. Equal values are not the same tensor."""
     params = parameters(shapes=SHAPES)

@@ -4,6 +4,7 @@ up again. Handing over the five other tensors of each parameter takes several ti
 import dataclasses
 from operator import itemgetter
 
+import torch
 from torch.overrides import TorchFunctionMode
 
 from .. import _library
@@ -56,9 +57,12 @@ class Plan:
     def _set_rates(self, optimizer):
         groups = optimizer.param_groups
         rates = [(_rates(group), *map(tuple, _betas(group))) for group in groups]
-        with _ByIdentity():
-            if rates == self._known_rates:
-                return
+        # a tensor may hold another value by now, and the 1-D path's lr is computed from it: also
+        # within a captured graph, whose replays have to follow it
+        if not any(isinstance(x, torch.Tensor) for numbers, *_ in rates for x in numbers):
+            with _ByIdentity():
+                if rates == self._known_rates:
+                    return
         self._known_rates = rates
         for section, (i, path) in zip(self._sections, self._origins, strict=True):
             for name, value in constants_of(groups[i], path).items():
