@@ -80,9 +80,7 @@ struct Ahead {
     const Ahead& of;
     int chunk;
     LaneTokens<kC> lane{};
-    __device__ int rows() const {
-      return chunk < of.w.chunks ? of.w.template rows<kC>(chunk) : 0;
-    }
+    __device__ int rows() const { return chunk < of.w.chunks ? of.w.template rows<kC>(chunk) : 0; }
     __device__ void request() {
       fetch_tokens(of.p.in, of.w.sequence.batch, of.w.sequence.begin + int64_t(chunk) * kC, rows(),
                    of.w.head, lane);

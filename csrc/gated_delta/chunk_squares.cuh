@@ -27,7 +27,9 @@ __device__ inline void keep_remainder(float (&c)[kN][4]) {
     }
 }
 
-__device__ inline float2 load_pair(const float* x) { return *reinterpret_cast<const float2*>(x); }
+__device__ inline float2 load_pair(const float* x) {
+  return *reinterpret_cast<const float2*>(x);
+}
 __device__ inline float difference(const float2& x, const float2& y) {
   return (x.x - y.x) + (x.y - y.y);
 }
@@ -119,11 +121,12 @@ struct Squares {
 
   // T' to `inverse` (two squares for 16 bits), P to `p` (two if high), if there are queries. By all
   // warps of the group, which have a named barrier of their own; `norms`, by all of them, completes
-  // the table while tensor cores multiply, and a warp that has nothing to invert meanwhile does what
-  // is `aside`, requested before.
+  // the table while tensor cores multiply, and a warp that has nothing to invert meanwhile does
+  // what is `aside`, requested before.
   template <bool kHigh, class Norms, class Aside>
   __device__ static void make(const Keys& keys, const TokenTable<kC>& t, bool queries,
-                              uint32_t inverse, uint32_t p, int barrier, Norms norms, Aside& aside) {
+                              uint32_t inverse, uint32_t p, int barrier, Norms norms,
+                              Aside& aside) {
     const int warp = threadIdx.x % 128 / 32;
     const Tile<float, kC, kC> a{inverse};
     if constexpr (kC == 64)

@@ -144,7 +144,8 @@ __device__ inline void by_columns(float (&c)[kN / 8][4], Fn fn) {
     by_columns<kN, kFirst + kWidth>(c, fn);
   }
 }
-// The descriptor of the part of an operand from (mn, k) on, from that of the whole: a constant more.
+// The descriptor of the part of an operand from (mn, k) on, from that of the whole: a constant
+// more.
 template <class E, Major kMajor>
 __device__ inline uint64_t part(Operand<E, kMajor> x, uint64_t whole, int mn, int k) {
   const auto from = kMajor == Major::k ? x.from(mn, k) : x.from(k, mn);

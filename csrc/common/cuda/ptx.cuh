@@ -60,6 +60,12 @@ __device__ inline void named_barrier_arrive(int number, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
+// A CTA has the registers of its launch and no more: if those of its warpgroups after the changes
+// add up to more, registers_up waits for ever.
+constexpr bool registers_fit(int warpgroups, int sum) {
+  return sum <= warpgroups * (65536 / (128 * warpgroups) & ~7);
+}
+
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900  // the host's pass over *_sm90.cu, too
 // ---- sm_90
 __device__ inline void mbarrier_fence_init() {  // inits are visible to asynchronous copies
@@ -82,11 +88,6 @@ __device__ inline void tma_load(uint32_t to, const void* map, uint64_t* barrier,
       "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(to),
       "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z), "r"(w)
       : "memory");
-}
-// A CTA has the registers of its launch and no more: if those of its warpgroups after the changes
-// add up to more, registers_up waits for ever.
-constexpr bool registers_fit(int warpgroups, int sum) {
-  return sum <= warpgroups * (65536 / (128 * warpgroups) & ~7);
 }
 template <int kRegisters>
 __device__ inline void registers_up() {
