@@ -81,7 +81,7 @@ struct Layout {
   Layout() = default;
   explicit Layout(const Tensor& t) : sizes(t.sizes()), strides(t.strides()), is_cpu(t.is_cpu()) {}
   bool holds_for(const Tensor& t) const {  // strides where they matter
-    if (t.is_cpu() != is_cpu || t.sizes() != sizes) return false;
+    if (t.is_cpu() != is_cpu || !t.sizes().equals(sizes)) return false;  // torch 2.11 has no !=
     const auto found = t.strides();
     for (size_t d = 0; d < sizes.size(); ++d)
       if (found[d] != strides[d] && sizes[d] != 1) return false;
