@@ -64,7 +64,9 @@ FromForward from_forward(const ChunkTensors& t, const OptTensor& saved, bool hig
 
   ChunkFwdCuda p{in};
   p.initial_state = static_cast<const float*>(data(t.initial_state));
-  if (!saved) p.inverse = from.parts.inverse;
+  const bool floats = in.q.dtype == DType::f32;  // T' of others is read
+  if (!saved || !floats) p.inverse = from.parts.inverse;
+  p.inverse_known = saved && !floats;
   p.states = from.parts.states;
   p.high_precision = high_precision, p.segments = segments;  // the same bits as before
   Launch launch(t.q, t.k, t.v, t.g, t.beta, t.initial_state, t.cu_seqlens, t.A_log, t.dt_bias,

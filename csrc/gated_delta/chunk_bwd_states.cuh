@@ -491,10 +491,7 @@ int chunk_bwd_states_tma(const ChunkBwdCuda& p, void* stream) {
   };
   make(&maps.q, tma_keys(in, in.q)), make(&maps.k, tma_keys(in, in.k));
   make(&maps.d_o, tma_values(in, p.d_o));
-  make(&maps.inverse, {p.inverse.data,
-                       in.q.dtype,
-                       {s.C, s.HV, 2 * s.C, in.slots()},
-                       {p.inverse.head, s.C, p.inverse.slot}});
+  make(&maps.inverse, tma_inverse(in, p.inverse));
   return e == cudaSuccess ? chunk_bwd_states_by_size<Sm90, E>(p, maps, stream) : int(e);
 }
 }  // namespace df::cuda

@@ -22,6 +22,9 @@ std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& q, const Tensor& k, const T
                                                  : empty(q, {in.N, HV, K, V}, ScalarType::Float);
   const int64_t kept = inverse_elements(in) + (saving == 2 ? state_elements(in) : 0);
   const Tensor saved = saving ? empty(q, {in.slots(), HV, kept}) : empty(q, {0});
+  // the kernels of 16-bit inputs take T' from memory
+  const bool inverse_needed = !saving && in.q.dtype != DType::f32;
+  const Tensor inverse = empty(q, {inverse_needed ? in.slots() * HV * inverse_elements(in) : 0});
   ChunkFwdCuda p{in};
   p.initial_state = static_cast<const float*>(data(t.initial_state));
   p.o = o.mutable_data_ptr();
@@ -29,6 +32,8 @@ std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& q, const Tensor& k, const T
   if (saving) {
     const Saved parts = saved_parts(in, saved.mutable_data_ptr(), saving);
     p.inverse = parts.inverse, p.states = parts.states;
+  } else if (inverse_needed) {
+    p.inverse = saved_parts(in, inverse.mutable_data_ptr(), 1).inverse;
   }
   p.high_precision = high_precision;
   const int64_t segment = segment_chunks(in, split, batch_invariant);
@@ -36,7 +41,7 @@ std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& q, const Tensor& k, const T
   const Tensor segments = empty(q, {room}, ScalarType::Float);
   if (segment) p.segments = segment_room(in, segment, segments.mutable_data_ptr());
   Launch launch(t.q, t.k, t.v, t.g, t.beta, t.initial_state, t.cu_seqlens, t.A_log, t.dt_bias, o,
-                final_state, saved, segments);
+                final_state, saved, inverse, segments);
   if (in.N) chunk_fwd_run(p, launch.stream());
   if (cu_seqlens)
     chunk_zero_tail_cuda({in, {{p.o, HV * V * int64_t(o.element_size())}}}, launch.stream());

@@ -7,7 +7,7 @@
 namespace df::cuda {
 struct NoMaps {};
 struct FwdMaps {
-  CUtensorMap q, k, v;
+  CUtensorMap q, k, v, inverse;
 };
 
 template <class Arch_, class E_, int kK_, int kGroups_, bool kHigh_>
@@ -21,7 +21,9 @@ struct FwdConfig {
   using Keys = typename Work::Keys;
   using Square = typename Work::Square;
   using Values = Tile<E, kC, 64 * kGroups>;
-  static constexpr int kStages = kAsync ? (kK > 128 ? 2 : 3) : (sizeof(E) == 2 && kK > 128 ? 1 : 2);
+  static constexpr bool kGiven = sizeof(E) == 2;  // T', which then comes with the tiles
+  static constexpr int kStages =
+      kAsync ? (kK > 128 || kHigh ? 2 : 3) : (sizeof(E) == 2 && kK > 128 ? 1 : 2);
   static constexpr int kTables = kStages < 2 ? kStages : 2;
   static constexpr int kThreads = 128 * (1 + kGroups);
   static constexpr int kAttention = kHigh ? 2 : 1;  // parts of P
@@ -34,8 +36,9 @@ struct FwdConfig {
     Pipeline<kStages, kTables> pipe;
     Walk walk;
   };
-  static constexpr int kStageBytes = Keys::kBytes + Values::kBytes;
-  static constexpr int kTableBytes = (Work::kParts + kAttention) * Square::kBytes;
+  static constexpr int kInverse = Work::kParts * Square::kBytes;
+  static constexpr int kStageBytes = Keys::kBytes + Values::kBytes + (kGiven ? kInverse : 0);
+  static constexpr int kTableBytes = (kGiven ? 0 : kInverse) + kAttention * Square::kBytes;
   static constexpr int kTiles = kStages * kStageBytes + kTables * kTableBytes;
   static constexpr int kShared = kTiles + int(sizeof(Rest));
   static_assert(kShared <= (kAsync ? 227 : 163) * 1024, "more than a CTA of that device may have");
@@ -53,11 +56,14 @@ struct FwdShared {
   }
   __device__ typename F::Keys keys(int chunk) const { return {stage(chunk)}; }
   __device__ typename F::Values values(int chunk) const { return {stage(chunk) + F::Keys::kBytes}; }
-  __device__ uint32_t inverse(int chunk) const {
+  __device__ uint32_t table(int chunk) const {
     return base + F::kStages * F::kStageBytes + uint32_t(chunk) % F::kTables * F::kTableBytes;
   }
+  __device__ uint32_t inverse(int chunk) const {
+    return F::kGiven ? stage(chunk) + F::kStageBytes - F::kInverse : table(chunk);
+  }
   __device__ uint32_t attention(int chunk) const {
-    return inverse(chunk) + F::Work::kParts * F::Square::kBytes;
+    return table(chunk) + F::kTableBytes - F::kAttention * F::Square::kBytes;
   }
   __device__ TokenTable<F::kC>& tokens(int chunk) const {
     return rest->tokens[uint32_t(chunk) % (F::kTables + 1)];

@@ -8,7 +8,9 @@ struct ChunkFwdCuda {
   const float* initial_state;  // may be null
   void* o;                     // [B,T,HV,V]; null: states and inverses only, q is not read
   float* final_state;          // may be null
-  BySlot inverse, states;
+  BySlot inverse;              // 16 bits: made first, and read; floats: written, unless null
+  BySlot states;               // may be null
+  bool inverse_known;          // 16 bits: it is there already
   Segments segments;
   bool summary;  // no outputs but M and H of segments
   bool high_precision;
@@ -16,6 +18,9 @@ struct ChunkFwdCuda {
   int64_t sms;   // of the device
 };
 
+// T' of 16-bit inputs. They return a cudaError_t.
+int chunk_inverse_bf16_cuda(const ChunkFwdCuda&, void* stream);
+int chunk_inverse_f16_cuda(const ChunkFwdCuda&, void* stream);
 // By the element type, on mma.sync: any device, any strides.
 void chunk_fwd_f32_cuda(const ChunkFwdCuda&, void* stream);
 void chunk_fwd_bf16_cuda(const ChunkFwdCuda&, void* stream);

@@ -13,6 +13,17 @@ inline int sm_count() {
   return count;
 }
 
+inline void check_launch(int e) {
+  STD_TORCH_CHECK(e == 0, "gated_delta: ", cudaGetErrorString(cudaError_t(e)));
+}
+// T' of 16-bit inputs, which all passes read.
+inline void chunk_inverse_pass(ChunkFwdCuda p, void* stream) {
+  p.vectors = whole_vectors(tma_keys(p.in, p.in.k));
+  if (p.in.slots() == 0) return;
+  check_launch(p.in.q.dtype == DType::bf16 ? chunk_inverse_bf16_cuda(p, stream)
+                                           : chunk_inverse_f16_cuda(p, stream));
+}
+
 // wgmma where the device has it and TMA can load the inputs, else mma.sync.
 inline void chunk_fwd_pass(ChunkFwdCuda p, void* stream) {
   const ChunkCuda& in = p.in;
@@ -23,11 +34,7 @@ inline void chunk_fwd_pass(ChunkFwdCuda p, void* stream) {
   for (const Tensor4& t : tensors) tma &= tma_loads(t), p.vectors &= whole_vectors(t);
   auto* const sm90 =
       in.q.dtype == DType::bf16 ? &chunk_fwd_bf16_sm90_cuda : &chunk_fwd_f16_sm90_cuda;
-  if (tma && sm90 && sm() == 90) {
-    const auto e = cudaError_t(sm90(p, stream));
-    STD_TORCH_CHECK(e == cudaSuccess, "gated_delta: ", cudaGetErrorString(e));
-    return;
-  }
+  if (tma && sm90 && sm() == 90) return check_launch(sm90(p, stream));
   switch (in.q.dtype) {
     case DType::f32: return chunk_fwd_f32_cuda(p, stream);
     case DType::bf16: return chunk_fwd_bf16_cuda(p, stream);
@@ -62,10 +69,13 @@ inline int64_t segment_chunks(const ChunkCuda& p, int64_t split, bool invariant)
 // With segments, their room given in p.segments: first what each makes of the state that enters it,
 // then these states, then all segments side by side.
 inline void chunk_fwd_run(const ChunkFwdCuda& p, void* stream) {
+  const bool floats = p.in.q.dtype == DType::f32;
+  if (!floats && !p.inverse_known) chunk_inverse_pass(p, stream);
   if (p.segments.chunks) {
     ChunkFwdCuda summary = p;
     summary.summary = true, summary.o = nullptr, summary.final_state = nullptr;
-    summary.inverse = {}, summary.states = {};
+    summary.states = {};
+    if (floats) summary.inverse = {};
     chunk_fwd_pass(summary, stream);
     chunk_scan_cuda({p.in, p.segments}, stream);
   }

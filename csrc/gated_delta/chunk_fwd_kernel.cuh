@@ -2,7 +2,8 @@
 //   W = V - gam o (K S)   E = T' W   U = beta o E   O = sc [gam o (Q S) + P U]
 //   S <- e^{G_C} S + K^T (del o U)
 // A CTA has one value head of one sequence and 64 or 128 rows of S^T (of V). Warpgroup 0 runs ahead
-// of the others by a chunk: it loads q, k and v, makes the tables of tokens, T' and P. Each other
+// of the others by a chunk: it loads q, k, v and T' (floats: makes T'), makes the tables of tokens
+// and P. Each other
 // warpgroup owns 64 rows of S^T (V x K) in fp32 registers. All its products have their operand A in
 // registers, made from the accumulator before, and B in shared memory:
 //   R^T = S^T K^T   Y^T = S^T Q^T   W^T = V^T - gam o R^T   E^T = W^T T'^T   U^T = beta o E^T
@@ -12,11 +13,10 @@
 // wgmma with TMA; there warpgroup 0 of three gives registers to the others (setmaxnreg). There is
 // no producer warp: warpgroup 0 needs the tiles first, and issues their loads when it has to wait
 // for the state warpgroups anyway.
-//   shared memory, K = 128, 128 rows, 16 bits: 2 stages (sm_80) or 3 (sm_90a) of 32 KB k, q and
-//   16 KB v; 2 x (16 KB T' + 8 KB P + 2.5 KB tables): 149 KB or 197 KB; high precision: 8 KB more
-//   of P a table. One CTA an SM.
+//   shared memory, K = 128, 128 rows, 16 bits: 2 stages (sm_80) or 3 (sm_90a) of 32 KB k, q, 16 KB
+//   v and 16 KB T'; 2 x 8 KB P (high precision: 16 KB and 2 stages); 5 KB tables: 149 KB or 213 KB
 //   registers: at most 168 a thread of 384 (sm_90a: 120 ahead, 192 state, 504 of three), 255 of 256
-//   a chunk, K = 128, V = 128: 9.1 MFLOP for 64 KB read and 16 KB written; the chain of five
+//   a chunk, K = 128, V = 128: 8.6 MFLOP for 80 KB read and 16 KB written; the chain of five
 //   dependent products a chunk bounds it, not their number
 #pragma once
 #include "gated_delta/chunk_fwd_state.cuh"
@@ -41,7 +41,6 @@ struct Ahead {
       Tokens first{*this, 0};
       first.request(), first.run();
     }
-    named_barrier_sync(kAheadBarrier, 128);
     for (int c = -kAhead; c < w.chunks; ++c) {
       shared.rest->pipe.wait_done(c - F::kTables);
       if (c + kAhead < w.chunks) load(c + kAhead);
@@ -64,6 +63,10 @@ struct Ahead {
       if (threadIdx.x != 0) return;
       uint64_t* const barrier = &shared.rest->pipe.loaded[uint32_t(c) % F::kStages];
       mbarrier_arrive_expect(barrier, F::kStageBytes - (p.o ? 0 : F::Keys::kBytes / 2));
+#pragma unroll
+      for (int part = 0; part < F::Work::kParts; ++part)
+        tma_load(shared.inverse(c) + part * F::Square::kBytes, &maps.inverse, barrier, 0, w.head,
+                 kC * part, int(w.sequence.slot) + c);
       load_rows_tma(keys, 0, maps.k, key, barrier);
       if (p.o) load_rows_tma(keys, kC, maps.q, key, barrier);
       load_rows_tma(values, 0, maps.v, value, barrier);
@@ -72,6 +75,15 @@ struct Ahead {
       load_rows<128>(Half{keys, 0}, p.in.k, key, p.vectors, threadIdx.x);
       if (p.o) load_rows<128>(Half{keys, kC}, p.in.q, key, p.vectors, threadIdx.x);
       load_rows<128>(values, p.in.v, value, p.vectors, threadIdx.x);
+      if constexpr (F::kGiven) {
+        using E = typename F::E;
+        const E* const from = static_cast<const E*>(p.inverse.data) +
+                              (w.sequence.slot + c) * p.inverse.slot + w.head * p.inverse.head;
+#pragma unroll
+        for (int part = 0; part < F::Work::kParts; ++part)
+          load_tile<true, 128>(typename F::Square{shared.inverse(c) + part * F::Square::kBytes},
+                               from + part * kC * kC, kC, kC, kC, threadIdx.x);
+      }
       cp_async_commit();
     }
   }
@@ -96,37 +108,47 @@ struct Ahead {
   __device__ void wait_loaded(int c) const {
     if constexpr (F::kAsync) {
       shared.rest->pipe.wait_loaded(c);
-      const int rows = w.template rows<kC>(c);
-      if (rows == kC) return;
-      const int thread = thread_anew();
-      clear_rows<128>(Half{shared.keys(c), 0}, rows, thread);
-      if (p.o) clear_rows<128>(Half{shared.keys(c), kC}, rows, thread);
-      clear_rows<128>(shared.values(c), rows, thread);
-      F::Arch::stores_visible();
+      const int rows = w.template rows<kC>(c), thread = thread_anew();
+      if (rows < kC) {
+        clear_rows<128>(Half{shared.keys(c), 0}, rows, thread);
+        if (p.o) clear_rows<128>(Half{shared.keys(c), kC}, rows, thread);
+        clear_rows<128>(shared.values(c), rows, thread);
+        F::Arch::stores_visible();
+      }
     } else {
       cp_async_wait<0>();
     }
-    named_barrier_sync(kAheadBarrier, 128);
+    named_barrier_sync(kAheadBarrier, 128);  // the tokens' table, too
   }
 
   __device__ void make(int c) const {
     auto& tokens = shared.tokens(c);
     const auto keys = shared.keys(c);
     Tokens next{*this, c + 1};
+    const bool in_token_warp = threadIdx.x / 32 == 3;
+    if (in_token_warp) next.request();
     wait_loaded(c);
-    F::Work::template make<F::kHigh>(
-        keys, tokens, p.o != nullptr, shared.inverse(c), shared.attention(c), kAheadBarrier,
-        [&] {
-          if (!p.in.l2norm) return;
-          row_norms<128>(Half{keys, 0}, true, thread_anew(), tokens.rk);
-          row_norms<128>(Half{keys, kC}, p.o != nullptr, thread_anew(), tokens.rq);
-          named_barrier_sync(kAheadBarrier, 128);
-        },
-        next);
+    const auto norms = [&] {
+      if (!p.in.l2norm) return;
+      row_norms<128>(Half{keys, 0}, true, thread_anew(), tokens.rk);
+      row_norms<128>(Half{keys, kC}, p.o != nullptr, thread_anew(), tokens.rq);
+      named_barrier_sync(kAheadBarrier, 128);
+    };
+    if constexpr (!F::kGiven)
+      F::Work::make_both(keys, tokens, p.in.scale, p.o != nullptr, shared.inverse(c),
+                         shared.attention(c), kAheadBarrier, norms);
+    else if (p.o)
+      F::Work::template make_attention<F::kHigh>(keys, tokens, p.in.scale, shared.attention(c),
+                                                 norms);
+    else
+      norms();
+    named_barrier_sync(kAheadBarrier, 128);
     combine_factors(tokens, p.in.scale, thread_anew());
     F::Arch::stores_visible();
     shared.rest->pipe.arrive_ready(c);
-    if (p.inverse.data && w.v0 == 0) save_inverse(c);
+    if (in_token_warp) next.run();
+    if constexpr (!F::kGiven)
+      if (p.inverse.data && w.v0 == 0) save_inverse(c);
   }
 
   __device__ void save_inverse(int c) const {
@@ -232,6 +254,7 @@ cudaError_t chunk_fwd_tma(const ChunkFwdCuda& p, void* stream) {
   cudaError_t e = make_tensor_map(&maps.k, tma_keys(p.in, p.in.k), 64);
   if (e == cudaSuccess) e = make_tensor_map(&maps.q, tma_keys(p.in, p.o ? p.in.q : p.in.k), 64);
   if (e == cudaSuccess) e = make_tensor_map(&maps.v, tma_values(p.in, p.in.v), 64);
+  if (e == cudaSuccess) e = make_tensor_map(&maps.inverse, tma_inverse(p.in, p.inverse), 64);
   if (e == cudaSuccess) chunk_fwd_dispatch<Sm90, E>(p, maps, stream);
   return e;
 }

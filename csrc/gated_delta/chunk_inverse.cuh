@@ -177,4 +177,29 @@ __device__ inline void clear_upper(const T& high, const T& low, int thread) {
                  "r"(0)
                  : "memory");
 }
+
+// T' of A in `a`, which each warp has filled its 16 rows of, as the pair of tiles of E that take
+// its room; by four warps, which have a named barrier of their own. Warp 3 does aside.run()
+// meanwhile. No barrier follows.
+template <class E, class Aside>
+__device__ inline void invert_square(const Tile<float, 64, 64>& a, int barrier, Aside& aside) {
+  const int warp = threadIdx.x % 128 / 32;
+  __syncwarp();
+  invert_diagonal<16>(a, warp);
+  named_barrier_sync(barrier, 128);
+  Block joined, x, own;
+  if (warp < 2) join_blocks(a, warp, joined);
+  if (warp == 3) aside.run();
+  named_barrier_sync(barrier, 128);
+  join_pairs(a, warp, x);
+  load_block(a, warp, warp, own);
+  named_barrier_sync(barrier, 128);
+  take_part(a, warp, x);
+  named_barrier_sync(barrier, 128);  // T' takes the room of A
+  const Tile<E, 64, 64> high{a.base}, low{a.base + high.kBytes};
+  if (warp < 2) store_pair(joined, 2 * warp + 1, 2 * warp, high, low);
+  store_pair(x, 2 + warp / 2, warp % 2, high, low);
+  store_pair(own, warp, warp, high, low);
+  clear_upper(high, low, thread_anew() % 128);
+}
 }  // namespace df::cuda

@@ -1,13 +1,14 @@
 // The C x C matrices of a chunk, by one warpgroup: from its token table and the tile [K; Q]
-//   A = strictlower(Gam o KK^T) diag(beta)     T' = (I + A)^-1     P = lower(Gam o QK^T)
-// l2norm enters here as factors of rows and columns; the tiles keep q and k as they came.
+//   P = lower(Gam o QK^T)     A = strictlower(Gam o KK^T) diag(beta)     T' = (I + A)^-1
+// For 16-bit inputs T' comes from memory (chunk_inverse_kernel.cuh). l2norm enters as factors of
+// rows and columns; the tiles keep q and k as they came.
 #pragma once
 #include "gated_delta/chunk_inverse.cuh"
 #include "gated_delta/chunk_pipeline.cuh"
 
 namespace df::cuda {
 // What the state warpgroups scale rows of tokens with, when nothing else needs the table any more:
-// gam becomes gam_i / |k_i|, rq sc gam_i / |q_i|, and del del_i / |k_i|.
+// gam becomes gam_i / |k_i|, rq sc gam_i / |q_i|, and del del_i / |k_i|. (P has its sc itself.)
 template <int kC>
 __device__ inline void combine_factors(TokenTable<kC>& t, float scale, int thread) {
   if (thread >= kC) return;
@@ -78,10 +79,12 @@ struct LaneDecays {
     }
   }
 
-  // x_ij <- x_ij decay_ij norms_i factors_j; without factors: 1. Strict: zeros on the diagonal.
+  // x_ij <- scale x_ij decay_ij norms_i factors_j; without factors: 1. Strict: zeros on the
+  // diagonal.
   template <bool kStrict>
-  __device__ void apply(const float* norms, const float* factors, float (&x)[kC / 8][4]) const {
-    const float own[2] = {norms[row], norms[row + 8]};
+  __device__ void apply(float scale, const float* norms, const float* factors,
+                        float (&x)[kC / 8][4]) const {
+    const float own[2] = {scale * norms[row], scale * norms[row + 8]};
     const float far[2] = {own[0] * rows[0], own[1] * rows[1]};
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
@@ -111,98 +114,55 @@ struct LaneDecays {
   }
 };
 
-// `keys`: rows of k, then of q; the products' 64 rows are those of k and then of q for kC = 64, the
-// two together for kC = 32, where warps 0 and 1 make A and 2 and 3 make P.
+// `keys`: rows of k, then of q. 16 bits: P alone; floats: the products' rows are those of both, of
+// which warps 0 and 1 make A, then T', and 2 and 3 make P. By all warps of the group, which have a
+// named barrier of their own; norms(), by all of them, completes the table.
 template <class Arch, class E, int kC, int kK>
 struct Squares {
   using Keys = Tile<E, 2 * kC, kK>;
   using Square = Tile<E, kC, kC>;
   static constexpr int kParts = sizeof(E) == 2 ? 2 : 1;  // of T'
 
-  // T' to `inverse` (two squares for 16 bits), P to `p` (two if high), if there are queries. By all
-  // warps of the group, which have a named barrier of their own; `norms`, by all of them, completes
-  // the table while tensor cores multiply, and a warp that has nothing to invert meanwhile does
-  // what is `aside`, requested before.
-  template <bool kHigh, class Norms, class Aside>
-  __device__ static void make(const Keys& keys, const TokenTable<kC>& t, bool queries,
-                              uint32_t inverse, uint32_t p, int barrier, Norms norms,
-                              Aside& aside) {
-    const int warp = threadIdx.x % 128 / 32;
-    const Tile<float, kC, kC> a{inverse};
-    if constexpr (kC == 64)
-      multiply_squares<kHigh>(keys, t, queries, a, p, norms);
-    else
-      multiply_both<kHigh>(keys, t, queries, a, p, norms);
-    if (warp == 3) aside.request();
-    if constexpr (kC == 32) {
-      named_barrier_sync(barrier, 128);
-      if (warp == 0) invert_diagonal<32>(a, 0);
-      if (warp == 3) aside.run();
-    } else {
-      __syncwarp();
-      invert_diagonal<16>(a, warp);
-      named_barrier_sync(barrier, 128);
-      Block joined;
-      if (warp < 2) join_blocks(a, warp, joined);
-      if (warp == 3) aside.run();
-      named_barrier_sync(barrier, 128);
-      Block x, own;
-      join_pairs(a, warp, x);
-      load_block(a, warp, warp, own);
-      named_barrier_sync(barrier, 128);
-      take_part(a, warp, x);
-      named_barrier_sync(barrier, 128);  // T' takes the room of A
-      const Square high{inverse}, low{inverse + Square::kBytes};
-      if (warp < 2) store_pair(joined, 2 * warp + 1, 2 * warp, high, low);
-      store_pair(x, 2 + warp / 2, warp % 2, high, low);
-      store_pair(own, warp, warp, high, low);
-      clear_upper(high, low, thread_anew() % 128);
-    }
-  }
-
- private:
-  // One product after the other: side by side they would take twice the registers.
+  // sc P to `p` (two squares if high), 16 bits.
   template <bool kHigh, class Norms>
-  __device__ static void multiply_squares(const Keys& keys, const TokenTable<kC>& t, bool queries,
-                                          const Tile<float, kC, kC>& a, uint32_t p, Norms norms) {
+  __device__ static void make_attention(const Keys& keys, const TokenTable<kC>& t, float scale,
+                                        uint32_t p, Norms norms) {
     float x[kC / 8][4];
-    multiply(x, keys, queries ? kC : 0);
+    clear<kC>(x);
+    Arch::begin(x);
+    Arch::template mma<kC, kK>(x, keys.along_k().from(kC, 0), keys.along_k());
+    Arch::commit();
     norms();
     const LaneDecays<kC> decays(t, threadIdx.x % 128 / 32);
     Arch::template wait<0>(x);
-    if (queries) {
-      decays.template apply<false>(t.rq, nullptr, x);
-      store_attention<kHigh>(x, p);
-      multiply(x, keys, 0);
-      Arch::template wait<0>(x);
-    }
-    decays.template apply<true>(t.rk, t.beta, x);
-    store_tile<kC>(x, a);
+    decays.template apply<false>(scale, t.rq, nullptr, x);
+    store_attention<kHigh>(x, p);
   }
-  // x = the rows of [K; Q] from `first` on times K^T
-  __device__ static void multiply(float (&x)[kC / 8][4], const Keys& keys, int first) {
-    clear<kC>(x);
-    Arch::begin(x);
-    Arch::template mma<kC, kK>(x, keys.along_k().from(first, 0), keys.along_k());
-    Arch::commit();
-  }
-  template <bool kHigh, class Norms>
-  __device__ static void multiply_both(const Keys& keys, const TokenTable<kC>& t, bool queries,
-                                       const Tile<float, kC, kC>& a, uint32_t p, Norms norms) {
+
+  // T' to `inverse`, and sc P to `p` if there are queries, floats.
+  template <class Norms>
+  __device__ static void make_both(const Keys& keys, const TokenTable<kC>& t, float scale,
+                                   bool queries, uint32_t inverse, uint32_t p, int barrier,
+                                   Norms norms) {
     const int warp = threadIdx.x % 128 / 32;
+    const Tile<float, kC, kC> a{inverse};
     float both[kC / 8][4];
     clear<kC>(both);
     if (warp < 2 || queries) multiply_by_parts(keys, both);
     norms();
     const LaneDecays<kC> decays(t, warp % 2);
     if (warp < 2) {
-      decays.template apply<true>(t.rk, t.beta, both);
+      decays.template apply<true>(1, t.rk, t.beta, both);
       store_tile<kC>(both, a);
     } else if (queries) {
-      decays.template apply<false>(t.rq, nullptr, both);
-      store_attention<kHigh>(both, p - kC * 128);
+      decays.template apply<false>(scale, t.rq, nullptr, both);
+      store_attention<false>(both, p - kC * 128);
     }
+    named_barrier_sync(barrier, 128);
+    if (warp == 0) invert_diagonal<32>(a, 0);
   }
+
+ private:
   // Sums of 32 columns of K at a time: what all elements of KK^T have in common of an error, as
   // with equal keys, T' makes a hundred times larger.
   __device__ static void multiply_by_parts(const Keys& keys, float (&both)[kC / 8][4]) {

@@ -18,6 +18,12 @@ inline Tensor4 tma_values(const ChunkCuda& p, const Input& x) {
   return tma_tensor(p, x, p.shape.HV, p.shape.V);
 }
 
+// T' of 16-bit inputs by slot and head: [slots, 2 C, HV, C].
+inline Tensor4 tma_inverse(const ChunkCuda& p, const BySlot& x) {
+  const ChunkShape& s = p.shape;
+  return {x.data, p.q.dtype, {s.C, s.HV, 2 * s.C, p.slots()}, {x.head, s.C, x.slot}};
+}
+
 // Whether wgmma kernels can load it: 16 bits, 16-byte boundaries, no broadcast and no empty axis.
 inline bool tma_loads(const Tensor4& t) {
   bool can = (t.dtype == DType::bf16 || t.dtype == DType::f16) && has_tensor_map(t);
