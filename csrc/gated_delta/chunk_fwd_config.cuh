@@ -31,8 +31,12 @@ struct FwdConfig {
   // head's bits must not depend on how many there are.
   static constexpr bool kTogether = kAsync && kK <= 128 && !kHigh;
 
+  // Tables of tokens are made by all warps ahead at once, a chunk each; floats: one at a time.
+  static constexpr int kBatch = kGiven ? 4 : 1;
+  static constexpr int kTokens = kGiven ? 2 * kBatch : kTables + 1;
+
   struct alignas(16) Rest {
-    TokenTable<kC> tokens[kTables + 1];  // the one of the next chunk
+    TokenTable<kC> tokens[kTokens];
     Pipeline<kStages, kTables> pipe;
     Walk walk;
   };
@@ -66,7 +70,7 @@ struct FwdShared {
     return table(chunk) + F::kTableBytes - F::kAttention * F::Square::kBytes;
   }
   __device__ TokenTable<F::kC>& tokens(int chunk) const {
-    return rest->tokens[uint32_t(chunk) % (F::kTables + 1)];
+    return rest->tokens[uint32_t(chunk) % F::kTokens];
   }
 };
 }  // namespace df::cuda

@@ -34,13 +34,10 @@ struct Ahead {
   static constexpr int kC = F::kC;
   static_assert(registers_fit(3, 120 + 2 * 192));
 
-  // Tokens are loaded, and their tables made, another chunk ahead.
   __device__ void run() const {
     constexpr int kAhead = F::kStages - F::kTables;  // loads are so far ahead of tables
-    if (threadIdx.x / 32 == 0) {
-      Tokens first{*this, 0};
-      first.request(), first.run();
-    }
+    Tokens first{*this, 0};
+    first.request(), first.run();
     for (int c = -kAhead; c < w.chunks; ++c) {
       shared.rest->pipe.wait_done(c - F::kTables);
       if (c + kAhead < w.chunks) load(c + kAhead);
@@ -88,18 +85,25 @@ struct Ahead {
     }
   }
 
-  struct Tokens {  // of a chunk, by one warp
+  // The tables of kBatch chunks, by a warp each, the last ones: requested, and made behind the
+  // chunk before.
+  struct Tokens {
     const Ahead& of;
-    int chunk;
+    int first;
     LaneTokens<kC> lane{};
-    __device__ int rows() const { return chunk < of.w.chunks ? of.w.template rows<kC>(chunk) : 0; }
+    __device__ int chunk() const { return first + int(threadIdx.x) / 32 - (4 - F::kBatch); }
+    __device__ bool has_one() const {
+      return first % F::kBatch == 0 && chunk() >= first && chunk() < of.w.chunks;
+    }
     __device__ void request() {
-      fetch_tokens(of.p.in, of.w.sequence.batch, of.w.sequence.begin + int64_t(chunk) * kC, rows(),
-                   of.w.head, lane);
+      if (!has_one()) return;
+      fetch_tokens(of.p.in, of.w.sequence.batch, of.w.sequence.begin + int64_t(chunk()) * kC,
+                   of.w.template rows<kC>(chunk()), of.w.head, lane);
     }
     __device__ void run() const {
-      TokenTable<kC>& table = of.shared.tokens(chunk);
-      make_tokens(of.p.in, lane, rows(), of.w.head, table);
+      if (!has_one()) return;
+      TokenTable<kC>& table = of.shared.tokens(chunk());
+      make_tokens(of.p.in, lane, of.w.template rows<kC>(chunk()), of.w.head, table);
       if (of.p.in.l2norm) return;  // norms are made with the tiles, which are not here yet
       for (int i = threadIdx.x % 32; i < kC; i += 32) table.rq[i] = table.rk[i] = 1;
     }
@@ -125,8 +129,7 @@ struct Ahead {
     auto& tokens = shared.tokens(c);
     const auto keys = shared.keys(c);
     Tokens next{*this, c + 1};
-    const bool in_token_warp = threadIdx.x / 32 == 3;
-    if (in_token_warp) next.request();
+    next.request();
     wait_loaded(c);
     const auto norms = [&] {
       if (!p.in.l2norm) return;
@@ -146,7 +149,7 @@ struct Ahead {
     combine_factors(tokens, p.in.scale, thread_anew());
     F::Arch::stores_visible();
     shared.rest->pipe.arrive_ready(c);
-    if (in_token_warp) next.run();
+    next.run();
     if constexpr (!F::kGiven)
       if (p.inverse.data && w.v0 == 0) save_inverse(c);
   }

@@ -294,8 +294,8 @@ struct StateGroup {
     const int64_t token = w.sequence.batch * shape.T + w.sequence.begin + int64_t(c) * kC + first;
     E* const to = static_cast<E*>(p.o) + (token * shape.HV + w.head) * shape.V + v0();
     store_output(tile, 64 * group(), to, shape.HV * shape.V, w.template rows<kC>(c) - first,
-                 int(shape.V) - v0(), shape.V % (16 / int(sizeof(E))) == 0);
-    Arch::stores_visible();
+                 int(shape.V) - v0(), shape.V % (16 / int(sizeof(E))) == 0,
+                 [] { Arch::stores_visible(); });
   }
 };
 }  // namespace df::cuda

@@ -64,10 +64,10 @@ __device__ inline void cut_tf32(float x, uint32_t& high, uint32_t& low) {
   high = __float_as_uint(x) & 0xffffe000u;
   low = __float_as_uint(x - __uint_as_float(high)) & 0xffffe000u;
 }
-// A sum of products of blocks, two parts of 8 columns each in a chain of its own.
+// A sum of products of blocks.
 struct BlockSum {
-  float part[2][2][4];
-  __device__ BlockSum() : part{} {}
+  Block sum;
+  __device__ BlockSum() : sum{} {}
   // (block x^T times block (i, m) of a^T)
   template <class T>
   __device__ void add(const Block& x, const T& a, int i, int m) {
@@ -82,9 +82,9 @@ struct BlockSum {
         const float2 y = sm80::load_two(a.at(row + 8 * n, col + 8 * s));
         uint32_t high0, high1, low0, low1;
         cut_tf32(y.x, high0, low0), cut_tf32(y.y, high1, low1);
-        sm80::multiply_tf32(part[s][n], low, high0, high1);
-        sm80::multiply_tf32(part[s][n], high, low0, low1);
-        sm80::multiply_tf32(part[s][n], high, high0, high1);
+        sm80::multiply_tf32(sum[n], low, high0, high1);
+        sm80::multiply_tf32(sum[n], high, low0, low1);
+        sm80::multiply_tf32(sum[n], high, high0, high1);
       }
     }
   }
@@ -93,7 +93,7 @@ struct BlockSum {
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) x[n][e] = factor * (part[0][n][e] + part[1][n][e]);
+      for (int e = 0; e < 4; ++e) x[n][e] = factor * sum[n][e];
   }
 };
 

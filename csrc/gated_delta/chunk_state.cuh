@@ -70,23 +70,24 @@ __device__ inline void store_elements(E* to, const float4& x, int count) {
 }
 
 // The 16 columns of this warp in a tile of tokens to `rows` rows of a tensor, of whose `cols`
-// columns the first is the tile's first. Eight lanes meet no bank twice.
-template <class T>
+// columns the first is the tile's first. Eight lanes meet no bank twice. was_read() is called when
+// the tile has been, for whole tiles before the stores: a fence there would wait for them.
+template <class T, class Fn>
 __device__ inline void store_output(const T& tile, int first_col, typename T::E* to, int64_t stride,
-                                    int rows, int cols, bool vectors) {
+                                    int rows, int cols, bool vectors, Fn was_read) {
   using E = typename T::E;
   constexpr int kUnit = 16 / int(sizeof(E)), kUnits = 16 / kUnit;
   constexpr int kStep = 32 / kUnits;  // rows at once: whole periods of the tile's permutation
   const int thread = thread_anew(), rank = thread % 32 / kUnits;
   const int row = rank / 8 * 8 + rank % 4 * 2 + rank / 4 % 2;
   const int col = thread % 128 / 32 * 16 + thread % kUnits * kUnit;
-  if (col >= cols) return;
   const uint32_t from = tile.at(row, first_col + col);
   E* const first = to + row * stride + col;
-  if (vectors && rows >= T::kRows) {
+  if (vectors && rows >= T::kRows && cols >= 64) {
     float4 x[T::kRows / kStep];
 #pragma unroll
     for (int i = 0; i < T::kRows / kStep; ++i) x[i] = load_shared4(from + i * kStep * 128);
+    was_read();
 #pragma unroll
     for (int i = 0; i < T::kRows / kStep; ++i)
       __stcg(reinterpret_cast<float4*>(first + i * kStep * stride), x[i]);
@@ -95,5 +96,6 @@ __device__ inline void store_output(const T& tile, int first_col, typename T::E*
 #pragma unroll 1
   for (int i = 0; row + i < rows && i < T::kRows; i += kStep)
     store_elements(first + i * stride, load_shared4(from + i * 128), cols - col);
+  was_read();
 }
 }  // namespace df::cuda

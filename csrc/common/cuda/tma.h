@@ -23,11 +23,21 @@ inline bool has_tensor_map(const Tensor4& x) {
   return whole;
 }
 
+// The driver needs a context, which a thread has not got before its first call that sets one: a
+// backward's thread may have got its memory from a cache.
+inline cudaError_t have_context() {
+  int device = 0;
+  const cudaError_t e = cudaGetDevice(&device);
+  return e == cudaSuccess ? cudaSetDevice(device) : e;
+}
+
 inline cudaError_t make_tensor_map(CUtensorMap* map, const Tensor4& x, int rows) {
   void* entry = nullptr;
   cudaDriverEntryPointQueryResult found;
-  cudaError_t e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000,
-                                                   cudaEnableDefault, &found);
+  cudaError_t e = have_context();
+  if (e != cudaSuccess) return e;
+  e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault,
+                                       &found);
   if (e != cudaSuccess) return e;
   if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
   cuuint64_t size[4], bytes[3];
