@@ -230,7 +230,7 @@ def check_segments(x, dtype):
     ids=str,
 )
 def test_segments(device, name, dtype):
-    """No gate hides an error of M. 16 chunks make 4 segments, of which two have an M."""
+    """No gate hides an error of M. 16 chunks make 8 segments, of which six have an M."""
     T = 16 * ops.cuda_chunk(dtype) - 20
     x = make(CASES[name]._replace(T=T, H=1, HV=1), dtype, device)
     check_segments({**x, "g": torch.zeros_like(x["g"])}, dtype)

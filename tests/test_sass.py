@@ -119,7 +119,7 @@ KERNELS = [
     Kernel(r"bwd_states.*Sm80.*IfLi(128|256)E", 2, 255, ("HMMA.1688.F32.TF32",), stack=240),
     Kernel(r"bwd_states.*Sm90.*Li(64|128)E", 4, 168, ("HGMMA.64x64x16", "UTMALDG.4D"), HOPPER),
     Kernel(r"bwd_states.*Sm90.*Li256E", 2, 255, ("HGMMA.64x64x16", "UTMALDG.4D"), HOPPER),
-    Kernel(r"chunk_scan.*Li\d+ELi2E", 4, 128, ("HMMA.1688.F32.TF32", "LDS.128", "LDGSTS.E.BYPASS")),
+    Kernel(r"chunk_scan.*Li\d+ELi2E", 4, 136, ("HMMA.1688.F32.TF32", "LDS.128", "LDGSTS.E.BYPASS")),
     Kernel(r"chunk_scan.*Li\d+ELi1E", 4, 184, ("HMMA.1688.F32.TF32", "LDS.128", "LDGSTS.E.BYPASS")),
     # one CTA of 8 or 4 warps an SM. dQ and dK of K > 128 take half of the registers: what is needed
     # once a tile is spilled; of K = 128 on mma.sync one such number on an sm_90, more of floats

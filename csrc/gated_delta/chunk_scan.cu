@@ -15,7 +15,7 @@
 //   a step, K = 128, 32 columns: 1.05 MFLOP (x 3) for 64 KB of M^T and 16 KB of H; 16 KB of states
 //   written. Tiles of V re-read M^T: Vp / 32 times, Vp / 16 where that leaves SMs without a CTA,
 //   but the first time from L2.
-//   bound by tensor cores (mma.sync: 2.5k cycles a step) and, close to it, by shared memory (2.0k)
+//   bound by tensor cores (mma.sync, 384 each a step) and almost as much by shared memory
 #include "common/cuda/mma_sm80.cuh"
 #include "gated_delta/chunk_device.cuh"
 #include "gated_delta/chunk_segments.h"
@@ -60,8 +60,10 @@ struct Scan {
   uint32_t base;  // S^T of even and of odd steps, then the stages
   int64_t head, v0;
   int64_t second, next;  // slot of the second segment, from one to the next
-  int blocks;            // of M^T in all
-  float S[2][2][4];      // rows 4 g + 2 m, + 1; columns 8 n + 2 t, + 1
+  const float* from;     // the thread's part of the next stage to load, which goes to `filled`
+  int left;              // stages to load
+  uint32_t filled, read;
+  float S[2][2][4];  // rows 4 g + 2 m, + 1; columns 8 n + 2 t, + 1
 
   __device__ static int g() { return threadIdx.x % 32 / 4; }
   __device__ static int t() { return threadIdx.x % 4; }
@@ -98,7 +100,7 @@ struct Scan {
   }
   __device__ void store(int64_t slot) const {
     float* const to = states(slot);
-    each_col([&](int n, int i) { *column(to, n, i) = rows_of(n, i); });
+    each_col([&](int n, int i) { __stcg(column(to, n, i), rows_of(n, i)); });
   }
   __device__ void share(uint32_t state) const {
     each_col([&](int n, int i) {
@@ -112,25 +114,22 @@ struct Scan {
     });
   }
 
-  __device__ uint32_t stage(int block) const {
-    return base + 2 * C::kStateBytes + uint32_t(block) % C::kStages * C::kStageBytes;
+  __device__ uint32_t after(uint32_t stage) const {
+    const uint32_t end = base + C::kShared;
+    return stage + C::kStageBytes == end ? end - C::kStages * C::kStageBytes
+                                         : stage + C::kStageBytes;
   }
-  // A group of copies even if there is no such block: the groups are counted.
-  __device__ void request(int block) const {
-    if (block < blocks) {
-      const int thread = thread_anew();
-      const int64_t slot = second + block / C::kBlocks * next;
-      const float* const from =
-          p.segments.transitions +
-          ((slot * p.in.shape.HV + head) * C::kBlocks + block % C::kBlocks) * (C::kRows * kK) +
-          4 * thread;
-      const int row = thread / (kK / 4), unit = thread % (kK / 4);
+  // The next stage of M^T; a group of copies even if there is none: the groups are counted.
+  __device__ void request() {
+    if (left > 0) {
       constexpr int kPass = C::kThreads / (kK / 4);
+      const int row = threadIdx.x / (kK / 4), unit = threadIdx.x % (kK / 4);
 #pragma unroll
       for (int r = 0; r < C::kRows; r += kPass)
-        cp_async16(
-            stage(block) + uint32_t(r + row) * (kK * 4) + 16 * transition_unit(r + row, unit),
-            from + r * kK);
+        cp_async16(filled + uint32_t(r + row) * (kK * 4) + 16 * transition_unit(r + row, unit),
+                   from + r * kK);
+      from += C::kRows * kK, filled = after(filled), --left;
+      if (left % C::kBlocks == 0) from += (next * p.in.shape.HV - 1) * (kK * kK);
     }
     cp_async_commit();
   }
@@ -185,11 +184,11 @@ struct Scan {
     share(state), store(slot), clear();
 #pragma unroll 1
     for (int b = 0; b < C::kBlocks; ++b) {
-      const int block = j * C::kBlocks + b;
       cp_async_wait<C::kStages - 2>();
       __syncthreads();
-      request(block + C::kStages - 1);
-      multiply(stage(block), state, b);
+      request();
+      multiply(read, state, b);
+      read = after(read);
     }
     each_col([&](int n, int i) { add(n, i, H[n][i]); });
   }
@@ -199,9 +198,11 @@ struct Scan {
     if (count < 2) return;
     next = p.backward ? -1 : 1;
     const int64_t start = p.backward ? first + count - 1 : first;
-    second = start + next, blocks = int(count - 2) * C::kBlocks;
+    second = start + next;
+    from = p.segments.transitions + (second * p.in.shape.HV + head) * (kK * kK) + 4 * threadIdx.x;
+    left = int(count - 2) * C::kBlocks, filled = read = base + 2 * C::kStateBytes;
 #pragma unroll 1
-    for (int block = 0; block < C::kStages - 1; ++block) request(block);
+    for (int stage = 0; stage < C::kStages - 1; ++stage) request();
     clear();
     each_col([&, from = states(start)](int n, int i) { add(n, i, *column(from, n, i)); });
 #pragma unroll 1

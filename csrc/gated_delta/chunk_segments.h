@@ -34,25 +34,45 @@ struct ChunkScan {
 };
 void chunk_scan_cuda(const ChunkScan&, void* stream);
 
-// The model that decides: a CTA an SM takes as long as its chunks, a step of the scan as three. The
-// first pass has tiles of K besides those of V.
+// The model that decides. Its unit is a twelfth of what a chunk takes a CTA with 128 rows of V; of
+// 64 rows it takes little less, as the chain of products is as long. A CTA starts with a chunk that
+// nothing overlaps. A step of the scan is shared by the groups of 16 columns of an SM.
 struct SegmentChoice {
-  int64_t chains, chunks;  // value heads of all sequences, chunks of a sequence
-  int64_t tiles, tiles_of_k, sms, most_parts;
+  int64_t chains, chunks;                      // value heads of all sequences, chunks of a sequence
+  int64_t tiles, tiles_of_k, sms, most_parts;  // tiles of V and K, a CTA each
 
-  int64_t time(int64_t parts) const {
-    const auto rounds = [&](int64_t tiles) { return (chains * parts * tiles + sms - 1) / sms; };
-    if (parts == 1) return rounds(tiles) * chunks;
-    const int64_t length = (chunks + parts - 1) / parts;
-    return (rounds(tiles) + rounds(tiles + tiles_of_k)) * length + 3 * parts;
+  static constexpr int64_t kChunk = 12, kHalfChunk = 11, kStart = 12;
+  static constexpr int64_t kPasses = 40, kStep = 6;  // two more kernels; of a group
+
+  static int64_t ceil_div(int64_t n, int64_t m) { return (n + m - 1) / m; }
+  // A pass of `working` CTAs of `all`, one an SM. Where SMs would be left without one, a tile is
+  // two CTAs (chunk_fwd_rows).
+  int64_t pass(int64_t all, int64_t working, int64_t length) const {
+    return 6 * all >= 5 * sms ? ceil_div(working, sms) * (kStart + length * kChunk)
+                              : ceil_div(2 * working, sms) * (kStart + length * kHalfChunk);
   }
-  // Chunks of a segment, or 0: whole sequences, unless a tenth of the time is gained.
+  // Of segments of that many chunks. The first pass has tiles of K besides those of V, nothing to
+  // do for the last segment, and no M for the first.
+  int64_t time(int64_t length) const {
+    const int64_t parts = ceil_div(chunks, length), all = chains * parts * tiles;
+    const int64_t outputs = pass(all, all, length);
+    if (parts == 1) return outputs;
+    const int64_t summaries = chains * ((parts - 1) * tiles + (parts - 2) * tiles_of_k);
+    const int64_t groups = ceil_div(chains * tiles * 8, sms);
+    return outputs + pass(all + chains * parts * tiles_of_k, summaries, length) + kPasses +
+           kStep * groups * (parts - 1);
+  }
+  // Chunks of a segment, or 0: whole sequences, unless a twentieth of the time is gained.
   int64_t segment(bool forced) const {
-    int64_t best = 1;
-    for (int64_t parts = 2; parts <= chunks && (forced || parts <= most_parts); parts *= 2)
-      if ((forced && best == 1) || time(parts) < time(best)) best = parts;
-    if (best == 1 || (!forced && 10 * time(best) > 9 * time(1))) return 0;
-    return (chunks + best - 1) / best;
+    const int64_t most = forced || most_parts > chunks ? chunks : most_parts;
+    int64_t best = 0, least = forced ? INT64_MAX : time(chunks) * 19 / 20;
+    for (int64_t parts = 2; parts <= most;) {
+      const int64_t length = ceil_div(chunks, parts), t = time(length);
+      if (t < least) best = length, least = t;
+      if (length == 1) break;
+      parts = ceil_div(chunks, length - 1);  // the fewest that are shorter
+    }
+    return best;
   }
 };
 }  // namespace df
