@@ -32,13 +32,11 @@ class Kernel(NamedTuple):
 
 
 KERNELS = [
-    # 5 CTAs of 128 threads an SM need no more than 96 registers, 4 no more than 128, 3 than 168
-    Kernel(r"decode_kernel.*Lb1ELi(64|128)ELi[48]E", 6, 96, ("LDG.E.128", "STG.E.128", "LDS.128")),
-    Kernel(r"decode_kernel.*Lb0ELi(64|128)ELi4E", 2, 96, ("LDG.E.128", "STG.E.128", "LDS.128")),
-    Kernel(r"decode_kernel.*Lb0ELi(64|128)ELi8E", 4, 128, ("LDG.E.128", "STG.E.128", "LDS.128")),
-    Kernel(r"decode_kernel.*Lb1ELi256ELi[48]E", 3, 128, ("LDG.E.128", "STG.E.128", "LDS.128")),
-    Kernel(r"decode_kernel.*Lb0ELi256ELi[48]E", 3, 168, ("LDG.E.128", "STG.E.128", "LDS.128")),
-    Kernel(r"decode_kernel.*ELi256ELi1E", 6, 128, ("LDG.E", "STG.E")),
+    # 5 CTAs of 128 threads an SM need no more than 96 registers, 4 no more than 128
+    Kernel(r"decode_kernel.*Lb1ELi\d+ELi[48]E", 9, 96, ("LDG.E.128", "STG.E.128", "LDS.128")),
+    Kernel(r"decode_kernel.*Lb0ELi(64ELi[48]|128ELi4)E", 4, 96, ("LDG.E.128", "STG.E.128")),
+    Kernel(r"decode_kernel.*Lb0ELi(256ELi[48]|128ELi8)E", 5, 128, ("LDG.E.128", "STG.E.128")),
+    Kernel(r"decode_kernel.*ELi256ELi1E", 6, 96, ("LDG.E", "STG.E")),
     # 3 CTAs of 128 threads an SM; with decay channels 2, as backward one of 256 threads
     Kernel(r"recurrent_fwd_kernel.*Lb0E", 9, 168, ("LDG.E.128", "STG.E.128", "LDS.128", "SHFL")),
     Kernel(r"recurrent_fwd_kernel.*Lb1E", 9, 255, ("LDG.E.128", "STG.E.128", "LDS.128", "SHFL")),

@@ -11,18 +11,20 @@
 // 16-bit k_first states with K > 128: 32 lanes, half sectors whose other half the next warp takes,
 // since two vectors a K would need 128 registers of state. States that are not 16-byte aligned, or
 // whose rows are not whole vectors, take the variant with kVec = 1.
-// One latency of memory a CTA (two with indices), whatever T: the state and all inputs, in the type
-// they have in memory, are requested before the first of them is used. While the state travels, the
-// warps stage q^, k^, v and the gates as float: warp w the tokens w, w + warps, ..., the last warp
-// the gates, so that at T = 1 the norms and the gate's exponentials are different warps' work.
+// The state and the inputs, in the type they have in memory, are requested before the first of them
+// is used: one latency of memory a CTA, two with indices (and one more for every further one or two
+// tokens a warp). While the state travels, the warps stage q^, k^, v and the gates as float: warp w
+// the tokens w, w + warps, ..., the last warp the gates, so that at T = 1 the norms and the gate's
+// exponentials are different warps' work.
 // o = e^g S q^ + (k^ q^) u from the state before the update: the sums for u and o run side by side.
 // Shared memory: 4 T (2 kTileK + tile + 3) bytes (1.2 KB at T=1, K=128; 18.5 KB at T=8, K=256), in
 // the order in which a thread reads its slice. Reads of q^ and k^ are free of bank conflicts, those
 // of v at most 2-way (k_first), the stores of the staging up to 4-way.
-// Registers: kRows * kSlice (16 to 64) of state; for float states and K <= 128 at most 96 in all,
-// so that 5 CTAs have 80 KB of state in flight an SM (26 KB would hide 800 ns at 4.3 TB/s). Bytes a
-// CTA: its part of S once in and once out, 2 K + 2 tile elements a token. FLOPs: 8 K tile a token.
-// Bound by memory: 1 FLOP a byte for one token and a float state.
+// Registers: kRows * kSlice of state. Up to 32, 5 CTAs fit an SM, with 64 (wide or 16-bit k_first
+// states) 4: at K >= 128 from 40 KB (16-bit v_first) to 128 KB of state in flight an SM, where 26
+// KB hide 800 ns at 4.3 TB/s. Bytes a CTA: its part of S once in and once out, 2 K + 2 tile
+// elements a token. FLOPs: 8 K tile a token. Bound by memory: 1 FLOP a byte for one token and a
+// float state.
 #pragma once
 #include "common/cuda/load.cuh"
 #include "common/cuda/math.cuh"
@@ -43,6 +45,7 @@ struct DecodeConfig {
   static constexpr int kSlice = kTileK / kLanes;
   static constexpr int kVectors = kRows * kSlice / kVec;  // accesses a thread
   static constexpr int kRowsPerWarp = 32 / kLanes * kRows;
+  static constexpr int kCtas = kRows * kSlice <= 32 ? 5 : 4;  // an SM's registers hold
 
   // element w of access i is (row, element of the slice)
   static constexpr int row(int i, int w) { return kVFirst ? i / (kSlice / kVec) : w; }
@@ -91,12 +94,10 @@ __device__ inline uint32_t load_bits(const Source& x, int64_t i) {
   return x.dtype == DType::f32 ? static_cast<const uint32_t*>(x.data)[i]
                                : static_cast<const uint16_t*>(x.data)[i];
 }
-__device__ inline float from_bits(uint32_t bits, DType type) {
-  switch (type) {
-    case DType::bf16: return to_float(bf16{static_cast<uint16_t>(bits)});
-    case DType::f16: return to_float(f16{static_cast<uint16_t>(bits)});
-    default: return __uint_as_float(bits);
-  }
+__device__ inline float from_bits(uint32_t bits, DType type) {  // without branches
+  const float half = to_float(f16{static_cast<uint16_t>(bits)});
+  const float other = __uint_as_float(type == DType::bf16 ? bits << 16 : bits);
+  return type == DType::f16 ? half : other;
 }
 
 // A row of q or k, an element of each 32 a lane; zeros behind it.
@@ -116,19 +117,20 @@ __device__ inline void load_bits(const Input& x, int64_t row, int size, uint32_t
     load_bits(static_cast<const uint16_t*>(x.data) + row, size, bits);
 }
 
-// q^, k^ and their product to shared memory; a warp has a token, or two at once.
+// q^, k^ and their product to shared memory; a warp has a token at a time, or two.
 template <class C>
 __device__ inline void decode_stage_keys(const DecodeArgs& p, const DecodeRow& at,
                                          const DecodeShared<C>& to) {
-  constexpr int kParts = C::kTileK / 32, kTokens = 2;
+  constexpr int kParts = C::kTileK / 32, kTokens = C::kTileK > 128 || C::kCtas < 5 ? 1 : 2;
   const int T = int(p.T), warps = blockDim.x / 32, lane = threadIdx.x % 32;
   for (int first = threadIdx.x / 32; first < T; first += kTokens * warps) {
     uint32_t q_bits[kTokens][kParts], k_bits[kTokens][kParts];
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
-      const int t = first + i * warps, size = t < T ? int(p.K) : 0;
-      load_bits(p.q, offset(p.q, at.b, t, at.hk), size, q_bits[i]);
-      load_bits(p.k, offset(p.k, at.b, t, at.hk), size, k_bits[i]);
+      const int t = first + i * warps;
+      if (t >= T) break;
+      load_bits(p.q, offset(p.q, at.b, t, at.hk), int(p.K), q_bits[i]);
+      load_bits(p.k, offset(p.k, at.b, t, at.hk), int(p.K), k_bits[i]);
     }
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
@@ -140,10 +142,10 @@ __device__ inline void decode_stage_keys(const DecodeArgs& p, const DecodeRow& a
         q[c] = from_bits(q_bits[i][c], p.q.dtype), k[c] = from_bits(k_bits[i][c], p.k.dtype);
         qq += q[c] * q[c], kk += k[c] * k[c], qk += q[c] * k[c];
       }
-      const float of_q = float(p.scale) * (p.l2norm ? rsqrtf(lane_sum<32>(qq) + 1e-6f) : 1);
-      const float of_k = p.l2norm ? rsqrtf(lane_sum<32>(kk) + 1e-6f) : 1;
-      qk = lane_sum<32>(qk) * of_q * of_k;
-      if (lane == 0) to.gate[3 * t + 2] = qk;
+      qq = lane_sum<32>(qq), kk = lane_sum<32>(kk), qk = lane_sum<32>(qk);
+      const float of_q = float(p.scale) * (p.l2norm ? rsqrtf(qq + 1e-6f) : 1);
+      const float of_k = p.l2norm ? rsqrtf(kk + 1e-6f) : 1;
+      if (lane == 0) to.gate[3 * t + 2] = qk * of_q * of_k;
 #pragma unroll
       for (int c = 0; c < kParts; ++c) {
         const int place = t * C::kTileK + C::staged(c * 32 + lane);
@@ -190,7 +192,7 @@ __device__ inline void decode_stage(const DecodeArgs& p, const DecodeRow& at,
 }
 
 template <class C>
-__global__ void __launch_bounds__(C::kMaxThreads)
+__global__ void __launch_bounds__(C::kMaxThreads, C::kCtas)
     decode_kernel(const __grid_constant__ DecodeArgs p, unsigned tiles) {
   using State = typename C::State;
   const int K = int(p.K), V = int(p.V), T = int(p.T);
