@@ -31,6 +31,7 @@
 #include "common/cuda/reduce.cuh"
 #include "gated_delta/decode.h"
 #include "gated_delta/input.cuh"
+#include "gated_delta/input_bits.cuh"
 
 namespace df::cuda {
 template <class State_, bool kVFirst_, int kTileK_, int kVec_>
@@ -86,35 +87,15 @@ __device__ inline int64_t decode_slot(const void* indices, bool is64, int64_t b,
   return slot;
 }
 
-// Elements as they are in memory. To convert one is to wait for it, so that all of a thread are
-// requested first.
-template <class Source>  // Input or Dense
-__device__ inline uint32_t load_bits(const Source& x, int64_t i) {
-  if (x.dtype == DType::f64) return __float_as_uint(float(static_cast<const double*>(x.data)[i]));
-  return x.dtype == DType::f32 ? static_cast<const uint32_t*>(x.data)[i]
-                               : static_cast<const uint16_t*>(x.data)[i];
-}
-__device__ inline float from_bits(uint32_t bits, DType type) {  // without branches
-  const float half = to_float(f16{static_cast<uint16_t>(bits)});
-  const float other = __uint_as_float(type == DType::bf16 ? bits << 16 : bits);
-  return type == DType::f16 ? half : other;
-}
-
-// A row of q or k, an element of each 32 a lane; zeros behind it.
-template <class Word, int kParts>
-__device__ inline void load_bits(const Word* row, int size, uint32_t (&bits)[kParts]) {
-#pragma unroll
-  for (int c = 0; c < kParts; ++c) {
-    const int i = c * 32 + threadIdx.x % 32;
-    bits[c] = i < size ? row[i] : 0;
-  }
-}
+// A row of q or k (never float64), an element of each 32 a lane; zeros behind it.
 template <int kParts>
-__device__ inline void load_bits(const Input& x, int64_t row, int size, uint32_t (&bits)[kParts]) {
+__device__ inline void decode_request(const Input& x, int64_t row, int64_t K,
+                                      uint32_t (&bits)[kParts]) {
+  const int lane = threadIdx.x % 32;
   if (x.dtype == DType::f32)
-    load_bits(static_cast<const uint32_t*>(x.data) + row, size, bits);
+    load_bits<32>(static_cast<const uint32_t*>(x.data) + row + lane, K - lane, bits);
   else
-    load_bits(static_cast<const uint16_t*>(x.data) + row, size, bits);
+    load_bits<32>(static_cast<const uint16_t*>(x.data) + row + lane, K - lane, bits);
 }
 
 // q^, k^ and their product to shared memory; a warp has a token at a time, or two.
@@ -129,8 +110,8 @@ __device__ inline void decode_stage_keys(const DecodeArgs& p, const DecodeRow& a
     for (int i = 0; i < kTokens; ++i) {
       const int t = first + i * warps;
       if (t >= T) break;
-      load_bits(p.q, offset(p.q, at.b, t, at.hk), int(p.K), q_bits[i]);
-      load_bits(p.k, offset(p.k, at.b, t, at.hk), int(p.K), k_bits[i]);
+      decode_request(p.q, offset(p.q, at.b, t, at.hk), p.K, q_bits[i]);
+      decode_request(p.k, offset(p.k, at.b, t, at.hk), p.K, k_bits[i]);
     }
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
