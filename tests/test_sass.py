@@ -32,18 +32,22 @@ class Kernel(NamedTuple):
 
 
 KERNELS = [
-    # 4 CTAs of 128 threads an SM need no more than 128 registers, 3 no more than 168
-    Kernel(r"decode_kernel.*Lb1ELi\d+ELi[48]E", 9, 128, ("LDG.E.128", "STG.E.128", "LDS.128")),
-    Kernel(r"decode_kernel.*Lb0ELi\d+ELi[48]E", 9, 168, ("LDG.E.128", "STG.E.128", "LDS.128")),
-    Kernel(r"decode_kernel.*ELi256ELi1E", 6, 128, ("LDG.E", "STG.E")),
+    # 5 CTAs of 128 threads an SM need no more than 96 registers, 4 no more than 128
+    Kernel(r"decode_kernel.*Lb1ELi\d+ELi[48]E", 9, 96, ("LDG.E.128", "STG.E.128", "LDS.128")),
+    Kernel(r"decode_kernel.*Lb0ELi(64ELi[48]|128ELi4)E", 4, 96, ("LDG.E.128", "STG.E.128")),
+    Kernel(r"decode_kernel.*Lb0ELi(256ELi[48]|128ELi8)E", 5, 128, ("LDG.E.128", "STG.E.128")),
+    Kernel(r"decode_kernel.*ELi256ELi1E", 6, 96, ("LDG.E", "STG.E")),
     # 3 CTAs of 128 threads an SM; with decay channels 2, as backward one of 256 threads
     Kernel(r"recurrent_fwd_kernel.*Lb0E", 9, 168, ("LDG.E.128", "STG.E.128", "LDS.128", "SHFL")),
     Kernel(r"recurrent_fwd_kernel.*Lb1E", 9, 255, ("LDG.E.128", "STG.E.128", "LDS.128", "SHFL")),
     Kernel(r"recurrent_bwd_kernel", 9, 255, ("LDG.E.128", "STG.E.128", "LDS.128", "SHFL.BFLY")),
     Kernel(r"recurrent_(keys|gates)_kernel", 2, 128, ("LDG.E", "STG.E")),
-    # rows, taps and sums of 128 bits of channels in registers: 3 CTAs of 128 threads, backward 2
-    Kernel(r"conv_fwd_kernel.*Lb1ELi4E", 3, 168, ("LDG.E.128", "STG.E.128")),
-    Kernel(r"conv_fwd_kernel.*Lb(0ELi[48]|1ELi8)E", 9, 168, ("LDG.E", "STG.E")),
+    # rows, taps and sums of 128 bits of channels in registers: 4 CTAs of 128 threads for float and
+    # 3 for 16-bit channels or more taps, backward 2
+    Kernel(r"conv_fwd_kernel.*IfLb1ELi4E", 1, 128, ("LDG.E.128", "STG.E.128")),
+    Kernel(r"conv_fwd_kernel.*f16ELb1ELi4E", 2, 168, ("LDG.E.128", "STG.E.128")),
+    Kernel(r"conv_fwd_kernel.*Lb1ELi8E", 3, 168, ("LDG.E", "STG.E")),
+    Kernel(r"conv_fwd_kernel.*Lb0ELi[48]E", 6, 64, ("LDG.E", "STG.E")),
     Kernel(r"conv_bwd_kernel.*Lb1ELi4E", 3, 255, ("LDG.E.128", "STG.E.128")),
     Kernel(r"conv_bwd_kernel.*Lb(0ELi[48]|1ELi8)E", 9, 255, ("LDG.E", "STG.E")),
     Kernel(r"conv_(initial|final)_kernel", 6, 128, ("LDG.E", "STG.E")),

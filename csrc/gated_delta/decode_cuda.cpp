@@ -9,7 +9,9 @@ static void decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
   const DecodeTensors t = decode_tensors(q, k, v, state, A_log, a, dt_bias, b, scale, output,
                                          l2norm, read, write, v_first, snapshots);
   STD_TORCH_CHECK(t.args.K <= 256, "gated_delta_decode: K must be at most 256 on CUDA");
-  if (t.args.B == 0 || t.args.V == 0) return;
+  if (t.args.B == 0 || t.args.HV == 0 || t.args.V == 0) return;
+  STD_TORCH_CHECK(t.args.H <= 65535 && t.args.HV / t.args.H <= 65535,
+                  "gated_delta_decode: at most 65535 heads, and as many a group, on CUDA");
   Launch launch(t.q, t.k, t.v, t.state, t.A_log, t.a, t.dt_bias, t.b, t.output, t.read, t.write,
                 t.snapshots);
   switch (t.args.state_type) {

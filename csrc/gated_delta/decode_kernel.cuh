@@ -2,28 +2,36 @@
 //   g = -exp(A_log) softplus(a + dt_bias); beta = sigmoid(b); k^ = k / |k|; q^ = scale q / |q|
 //   u = beta (v - e^g S k^);  S <- e^g S + u k^T;  o = S q^        (S is V x K in both layouts)
 //
-// CTA = (row, value head, V tile), 32 to 128 threads: fewer, with a smaller tile, while the grid
-// would not give every SM two CTAs. Threads: kLanes of them share the K of a row of S and hold
-// kSlice elements of each of kRows rows in registers, for all tokens:
+// CTA = (row, value head, V tile), 32 to 128 threads: fewer, with a smaller tile, where that leaves
+// the busiest of few SMs less. Threads: kLanes of them share the K of a row of S and hold kSlice
+// elements of each of kRows rows in registers, for all tokens:
 //   v_first [V][K]: 8 or 16 neighbouring lanes, 2 rows a thread;   tile = 8 or 4 rows a warp
 //   k_first [K][V]: 16 lanes two apart, a vector of rows a thread;  tile = 8 or 16 rows a warp
 // so that a warp's 128-bit accesses fill whole 32-byte sectors in both layouts. The exception are
 // 16-bit k_first states with K > 128: 32 lanes, half sectors whose other half the next warp takes,
 // since two vectors a K would need 128 registers of state. States that are not 16-byte aligned, or
 // whose rows are not whole vectors, take the variant with kVec = 1.
-// The state is requested first; while it travels, the warps stage q^, k^, v and the gates as float.
-// Shared memory: 4 T (2 kTileK + tile + 2) bytes (1.2 KB at T=1, K=128; 18.5 KB at T=8, K=256), in
+// The state and the inputs, in the type they have in memory, are requested before the first of them
+// is used: one latency of memory a CTA, two with indices (and one more for every further one or two
+// tokens a warp). While the state travels, the warps stage q^, k^, v and the gates as float: warp w
+// the tokens w, w + warps, ..., the last warp the gates, so that at T = 1 the norms and the gate's
+// exponentials are different warps' work.
+// o = e^g S q^ + (k^ q^) u from the state before the update: the sums for u and o run side by side.
+// Shared memory: 4 T (2 kTileK + tile + 3) bytes (1.2 KB at T=1, K=128; 18.5 KB at T=8, K=256), in
 // the order in which a thread reads its slice. Reads of q^ and k^ are free of bank conflicts, those
 // of v at most 2-way (k_first), the stores of the staging up to 4-way.
-// Registers: kRows * kSlice (16 to 64) of state; in all at most 128 (v_first), 156 (k_first).
-// Bytes a CTA: its part of S once in and once out, 2 K + 2 tile elements a token.
-// FLOPs: 6 K tile a token. Bound by memory: 0.75 FLOP a byte for one token and a float state.
+// Registers: kRows * kSlice of state. Up to 32, 5 CTAs fit an SM, with 64 (wide or 16-bit k_first
+// states) 4: at K >= 128 from 40 KB (16-bit v_first) to 128 KB of state in flight an SM, where 26
+// KB hide 800 ns at 4.3 TB/s. Bytes a CTA: its part of S once in and once out, 2 K + 2 tile
+// elements a token. FLOPs: 8 K tile a token. Bound by memory: 1 FLOP a byte for one token and a
+// float state.
 #pragma once
 #include "common/cuda/load.cuh"
 #include "common/cuda/math.cuh"
 #include "common/cuda/reduce.cuh"
 #include "gated_delta/decode.h"
 #include "gated_delta/input.cuh"
+#include "gated_delta/input_bits.cuh"
 
 namespace df::cuda {
 template <class State_, bool kVFirst_, int kTileK_, int kVec_>
@@ -38,6 +46,7 @@ struct DecodeConfig {
   static constexpr int kSlice = kTileK / kLanes;
   static constexpr int kVectors = kRows * kSlice / kVec;  // accesses a thread
   static constexpr int kRowsPerWarp = 32 / kLanes * kRows;
+  static constexpr int kCtas = kRows * kSlice <= 32 ? 5 : 4;  // an SM's registers hold
 
   // element w of access i is (row, element of the slice)
   static constexpr int row(int i, int w) { return kVFirst ? i / (kSlice / kVec) : w; }
@@ -53,9 +62,21 @@ struct DecodeConfig {
   }
 };
 
-struct DecodeRow {  // what a CTA works on
-  int64_t b, h, read, write;
+struct DecodeRow {  // what a CTA works on; hk: the head of q and k
+  int64_t b, h, hk, read, write;
   int v0, tile;
+};
+
+template <class C>
+struct DecodeShared {
+  float *q, *k, *v, *gate;  // gate: e^g, beta and k^ q^ of each token
+  __device__ DecodeShared(float4* base, int T, int tile) {
+    q = reinterpret_cast<float*>(base), k = q + T * C::kTileK;
+    v = k + T * C::kTileK, gate = v + T * tile;
+  }
+  static size_t bytes(int64_t T, int64_t tile) {
+    return T * (2 * C::kTileK + tile + 3) * sizeof(float);
+  }
 };
 
 __device__ inline int64_t decode_slot(const void* indices, bool is64, int64_t b, int64_t pool) {
@@ -66,62 +87,110 @@ __device__ inline int64_t decode_slot(const void* indices, bool is64, int64_t b,
   return slot;
 }
 
-// q^, k^, v and (e^g, beta) of all tokens to shared memory.
+// A row of q or k (never float64), an element of each 32 a lane; zeros behind it.
+template <int kParts>
+__device__ inline void decode_request(const Input& x, int64_t row, int64_t K,
+                                      uint32_t (&bits)[kParts]) {
+  const int lane = threadIdx.x % 32;
+  if (x.dtype == DType::f32)
+    load_bits<32>(static_cast<const uint32_t*>(x.data) + row + lane, K - lane, bits);
+  else
+    load_bits<32>(static_cast<const uint16_t*>(x.data) + row + lane, K - lane, bits);
+}
+
+// q^, k^ and their product to shared memory; a warp has a token at a time, or two.
 template <class C>
-__device__ inline void decode_stage(const DecodeArgs& p, const DecodeRow& at, float* sQ, float* sK,
-                                    float* sV, float* sGate) {
-  const int T = int(p.T), warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const int64_t hk = at.h / (p.HV / p.H);
-  for (int i = warp; i < 2 * T; i += warps) {
-    const bool is_q = i < T;
-    const int t = is_q ? i : i - T;
-    const Input& from = is_q ? p.q : p.k;
-    const int64_t row = offset(from, at.b, t, hk);
-    float x[C::kTileK / 32], sum = 0;
+__device__ inline void decode_stage_keys(const DecodeArgs& p, const DecodeRow& at,
+                                         const DecodeShared<C>& to) {
+  constexpr int kParts = C::kTileK / 32, kTokens = C::kTileK > 128 || C::kCtas < 5 ? 1 : 2;
+  const int T = int(p.T), warps = blockDim.x / 32, lane = threadIdx.x % 32;
+  for (int first = threadIdx.x / 32; first < T; first += kTokens * warps) {
+    uint32_t q_bits[kTokens][kParts], k_bits[kTokens][kParts];
 #pragma unroll
-    for (int c = 0; c < C::kTileK / 32; ++c) {
-      const int k = c * 32 + threadIdx.x % 32;
-      x[c] = k < p.K ? load_any(from, row + k) : 0;
-      sum += x[c] * x[c];
+    for (int i = 0; i < kTokens; ++i) {
+      const int t = first + i * warps;
+      if (t >= T) break;
+      decode_request(p.q, offset(p.q, at.b, t, at.hk), p.K, q_bits[i]);
+      decode_request(p.k, offset(p.k, at.b, t, at.hk), p.K, k_bits[i]);
     }
-    float factor = is_q ? float(p.scale) : 1;
-    if (p.l2norm) factor *= 1.0f / sqrtf(lane_sum<32>(sum) + 1e-6f);
 #pragma unroll
-    for (int c = 0; c < C::kTileK / 32; ++c)
-      (is_q ? sQ : sK)[t * C::kTileK + C::staged(c * 32 + threadIdx.x % 32)] = x[c] * factor;
+    for (int i = 0; i < kTokens; ++i) {
+      const int t = first + i * warps;
+      if (t >= T) break;
+      float q[kParts], k[kParts], qq = 0, kk = 0, qk = 0;
+#pragma unroll
+      for (int c = 0; c < kParts; ++c) {
+        q[c] = from_bits(q_bits[i][c], p.q.dtype), k[c] = from_bits(k_bits[i][c], p.k.dtype);
+        qq += q[c] * q[c], kk += k[c] * k[c], qk += q[c] * k[c];
+      }
+      qq = lane_sum<32>(qq), kk = lane_sum<32>(kk), qk = lane_sum<32>(qk);
+      const float of_q = float(p.scale) * (p.l2norm ? rsqrtf(qq + 1e-6f) : 1);
+      const float of_k = p.l2norm ? rsqrtf(kk + 1e-6f) : 1;
+      if (lane == 0) to.gate[3 * t + 2] = qk * of_q * of_k;
+#pragma unroll
+      for (int c = 0; c < kParts; ++c) {
+        const int place = t * C::kTileK + C::staged(c * 32 + lane);
+        to.q[place] = q[c] * of_q, to.k[place] = k[c] * of_k;
+      }
+    }
   }
-  for (int i = threadIdx.x; i < T * at.tile; i += blockDim.x) {
-    const int t = i / at.tile, v = at.v0 + i % at.tile;
-    sV[i] = v < p.V ? load_any(p.v, offset(p.v, at.b, t, at.h) + v) : 0;
+}
+
+// Everything the CTA's tokens need but the state to shared memory. The gates are the last warp's,
+// which has the fewest rows of q and k.
+template <class C>
+__device__ inline void decode_stage(const DecodeArgs& p, const DecodeRow& at,
+                                    const DecodeShared<C>& to) {
+  constexpr int kValues = (8 * C::kRowsPerWarp + 31) / 32;  // a thread's, of at most 8 tokens
+  const int T = int(p.T), tile_bits = __ffs(at.tile) - 1;
+  const int64_t t_gate = int(threadIdx.x) - int(blockDim.x) + 32;
+  const bool has_gate = t_gate >= 0 && t_gate < T;
+  uint32_t a = 0, dt_bias = 0, A_log = 0, b = 0, values[kValues];
+  if (has_gate) {
+    a = load_bits(p.a, offset(p.a, at.b, t_gate, at.h));
+    b = load_bits(p.b, offset(p.b, at.b, t_gate, at.h));
+    A_log = load_bits(p.A_log, at.h);
+    if (p.dt_bias.data) dt_bias = load_bits(p.dt_bias, at.h);
   }
-  if (threadIdx.x < T) {
-    const int64_t t = threadIdx.x;
-    float a = load_any(p.a, offset(p.a, at.b, t, at.h));
-    if (p.dt_bias.data) a += load_any(p.dt_bias, at.h);
-    const float g = -expf(load_any(p.A_log, at.h)) * softplus(a);
-    sGate[2 * t] = expf(g < -88 ? -88 : g);  // not fmaxf: NaN stays NaN
-    sGate[2 * t + 1] = sigmoid(load_any(p.b, offset(p.b, at.b, t, at.h)));
+  const int64_t of_v = offset(p.v, at.b, 0, at.h) + at.v0;
+#pragma unroll
+  for (int n = 0; n < kValues; ++n) {
+    const int i = n * blockDim.x + threadIdx.x, t = i >> tile_bits, v = i & (at.tile - 1);
+    values[n] = t < T && at.v0 + v < p.V ? load_bits(p.v, of_v + t * p.v.t + v) : 0;
+  }
+  decode_stage_keys(p, at, to);
+#pragma unroll
+  for (int n = 0; n < kValues; ++n) {
+    const int i = n * blockDim.x + threadIdx.x;
+    if (i < T * at.tile) to.v[i] = from_bits(values[n], p.v.dtype);
+  }
+  if (has_gate) {
+    const float x = from_bits(a, p.a.dtype) + from_bits(dt_bias, p.dt_bias.dtype);
+    const float g = -expf(from_bits(A_log, p.A_log.dtype)) * softplus(x);
+    to.gate[3 * t_gate] = expf(g < -88 ? -88 : g);  // not fmaxf: NaN stays NaN
+    to.gate[3 * t_gate + 1] = sigmoid(from_bits(b, p.b.dtype));
   }
 }
 
 template <class C>
-__global__ void __launch_bounds__(C::kMaxThreads)
-    decode_kernel(const __grid_constant__ DecodeArgs p) {
+__global__ void __launch_bounds__(C::kMaxThreads, C::kCtas)
+    decode_kernel(const __grid_constant__ DecodeArgs p, unsigned tiles) {
   using State = typename C::State;
   const int K = int(p.K), V = int(p.V), T = int(p.T);
-  const int tile = blockDim.x / 32 * C::kRowsPerWarp, tiles = (V + tile - 1) / tile;
   DecodeRow at;
-  at.tile = tile;
-  at.v0 = int(blockIdx.x % tiles) * tile;
-  at.h = blockIdx.x / tiles % p.HV;
-  at.b = blockIdx.x / tiles / p.HV;
+  at.tile = blockDim.x / 32 * C::kRowsPerWarp;
+  at.b = blockIdx.x / tiles;
+  at.v0 = int(blockIdx.x % tiles) * at.tile;
+  at.hk = blockIdx.y;
+  at.h = blockIdx.y * gridDim.z + blockIdx.z;
   at.read = decode_slot(p.read, p.read64, at.b, p.P);
   at.write = p.write ? decode_slot(p.write, p.write64, at.b, p.P) : at.read;
 
   if (at.read < 0) {  // padding: nothing but the output exists
-    for (int i = threadIdx.x; i < T * tile; i += blockDim.x)
-      if (at.v0 + i % tile < V)
-        store_any(0, p.output, p.o.dtype, offset(p.o, at.b, i / tile, at.h) + at.v0 + i % tile);
+    for (int i = threadIdx.x; i < T * at.tile; i += blockDim.x)
+      if (at.v0 + i % at.tile < V)
+        store_any(0, p.output, p.o.dtype,
+                  offset(p.o, at.b, i / at.tile, at.h) + at.v0 + i % at.tile);
     return;
   }
 
@@ -131,18 +200,30 @@ __global__ void __launch_bounds__(C::kMaxThreads)
   const auto row_in_tile = [&](int r) {
     return C::kVFirst ? r * groups + group : group * C::kVec + r;
   };
-  // fn(access i, its place in a state) for this thread's accesses that are inside
+  // fn(access i, its place in a state) for this thread's accesses that are inside; most CTAs are
+  // inside as a whole and need no predicates
+  const int64_t row_step = int64_t(groups) * K, k_step = C::kVFirst ? 1 : V;
+  const int64_t v_first = at.v0 + row_in_tile(0);
+  const int64_t first =
+      at.h * K * V + (C::kVFirst ? v_first * K : v_first) + C::k(lane, 0) * k_step;
+  const bool whole = K == C::kTileK && at.v0 + at.tile <= V;
   const auto each_access = [&](auto fn) {
+    const auto access = [&](int i) {
+      fn(i, first + C::row(i, 0) * row_step + C::k(0, C::part(i, 0)) * k_step);
+    };
+    if (whole) {
 #pragma unroll
-    for (int i = 0; i < C::kVectors; ++i) {
-      const int v = at.v0 + row_in_tile(C::row(i, 0)), k = C::k(lane, C::part(i, 0));
-      if (v < V && k < K) fn(i, C::kVFirst ? v * K + k : k * V + v);
+      for (int i = 0; i < C::kVectors; ++i) access(i);
+    } else {
+#pragma unroll
+      for (int i = 0; i < C::kVectors; ++i)
+        if (at.v0 + row_in_tile(C::row(i, 0)) < V && C::k(lane, C::part(i, 0)) < K) access(i);
     }
   };
   float S[C::kRows][C::kSlice] = {};
-  const auto store = [&](void* pool, int64_t slot, int64_t slot_stride) {
-    State* const to = static_cast<State*>(pool) + slot * slot_stride + at.h * K * V;
-    each_access([&](int i, int place) {
+  const auto store = [&](void* pool, int64_t slot_offset) {
+    State* const to = static_cast<State*>(pool) + slot_offset;
+    each_access([&](int i, int64_t place) {
       float x[C::kVec];
 #pragma unroll
       for (int w = 0; w < C::kVec; ++w) x[w] = S[C::row(i, w)][C::part(i, w)];
@@ -150,9 +231,8 @@ __global__ void __launch_bounds__(C::kMaxThreads)
     });
   };
 
-  const State* const from =
-      static_cast<const State*>(p.state) + at.read * p.state_stride + at.h * K * V;
-  each_access([&](int i, int place) {
+  const State* const from = static_cast<const State*>(p.state) + at.read * p.state_stride;
+  each_access([&](int i, int64_t place) {
     float x[C::kVec];
     load_vector<C::kVec>(from + place, x);
 #pragma unroll
@@ -160,32 +240,19 @@ __global__ void __launch_bounds__(C::kMaxThreads)
   });
 
   extern __shared__ float4 shared[];
-  float* const sQ = reinterpret_cast<float*>(shared);
-  float* const sK = sQ + T * C::kTileK;
-  float* const sV = sK + T * C::kTileK;
-  float* const sGate = sV + T * tile;
-  decode_stage<C>(p, at, sQ, sK, sV, sGate);
+  const DecodeShared<C> staged(shared, T, at.tile);
+  decode_stage(p, at, staged);
   __syncthreads();
 
-  for (int t = 0; t < T; ++t) {
-    const float decay = sGate[2 * t], beta = sGate[2 * t + 1];
-    const float* const k_t = sK + t * C::kTileK + C::staged(lane, 0);
-    const float* const q_t = sQ + t * C::kTileK + C::staged(lane, 0);
+  // the lane that stores row r is the r-th of its group
+  const int v_out = at.v0 + row_in_tile(lane);
+  int64_t out = offset(p.o, at.b, 0, at.h) + v_out;
+  for (int t = 0; t < T; ++t, out += p.o.t) {
+    const float* const gate = staged.gate + 3 * t;
+    const float decay = gate[0], beta = gate[1], key_query = gate[2];
+    const float* const k_t = staged.k + t * C::kTileK + C::staged(lane, 0);
+    const float* const q_t = staged.q + t * C::kTileK + C::staged(lane, 0);
     float u[C::kRows] = {}, o[C::kRows] = {};
-#pragma unroll
-    for (int n = 0; n < C::kSlice; n += 4) {
-      float k[4];
-      load_shared(k_t + C::staged(0, n), k);
-#pragma unroll
-      for (int w = 0; w < 4; ++w)
-#pragma unroll
-        for (int r = 0; r < C::kRows; ++r) u[r] += S[r][n + w] * k[w];
-    }
-#pragma unroll
-    for (int r = 0; r < C::kRows; ++r) {
-      const float read = lane_sum<C::kLanes, C::kStride>(u[r]);
-      u[r] = beta * (sV[t * tile + row_in_tile(r)] - decay * read);
-    }
 #pragma unroll
     for (int n = 0; n < C::kSlice; n += 4) {
       float k[4], q[4];
@@ -194,33 +261,49 @@ __global__ void __launch_bounds__(C::kMaxThreads)
 #pragma unroll
       for (int w = 0; w < 4; ++w)
 #pragma unroll
-        for (int r = 0; r < C::kRows; ++r) {
-          S[r][n + w] = decay * S[r][n + w] + u[r] * k[w];
-          o[r] += S[r][n + w] * q[w];
-        }
+        for (int r = 0; r < C::kRows; ++r) u[r] += S[r][n + w] * k[w], o[r] += S[r][n + w] * q[w];
     }
+    float mine = 0;
 #pragma unroll
     for (int r = 0; r < C::kRows; ++r) {
-      const int v = at.v0 + row_in_tile(r);
-      const float sum = lane_sum<C::kLanes, C::kStride>(o[r]);
-      if (lane == 0 && v < V) store_any(sum, p.output, p.o.dtype, offset(p.o, at.b, t, at.h) + v);
+      const float read = lane_sum<C::kLanes, C::kStride>(u[r]);
+      const float query = lane_sum<C::kLanes, C::kStride>(o[r]);
+      u[r] = beta * (staged.v[t * at.tile + row_in_tile(r)] - decay * read);
+      if (lane == r) mine = decay * query + u[r] * key_query;
     }
-    if (p.snapshots) store(p.snapshots, at.b * T + t, p.HV * K * V);
+#pragma unroll
+    for (int n = 0; n < C::kSlice; n += 4) {
+      float k[4];
+      load_shared(k_t + C::staged(0, n), k);
+#pragma unroll
+      for (int w = 0; w < 4; ++w)
+#pragma unroll
+        for (int r = 0; r < C::kRows; ++r) S[r][n + w] = decay * S[r][n + w] + u[r] * k[w];
+    }
+    if (lane < C::kRows && v_out < V) store_any(mine, p.output, p.o.dtype, out);
+    if (p.snapshots) store(p.snapshots, (at.b * T + t) * p.HV * K * V);
   }
-  if (at.write >= 0) store(p.state, at.write, p.state_stride);
+  if (at.write >= 0) store(p.state, at.write * p.state_stride);
 }
 
 template <class C>
 void decode_launch(const DecodeArgs& p, void* stream) {
-  const auto grid = [&](int64_t warps) {
+  const auto tiles = [&](int64_t warps) {
     const int64_t tile = warps * C::kRowsPerWarp;
-    return p.B * p.HV * ((p.V + tile - 1) / tile);
+    return (p.V + tile - 1) / tile;
+  };
+  const auto warps_an_sm = [&](int64_t warps) {
+    constexpr int64_t kSms = 132;
+    return (p.B * p.HV * tiles(warps) + kSms - 1) / kSms * warps;
   };
   int64_t warps = C::kMaxThreads / 32;
-  constexpr int64_t kTwoPerSm = 2 * 132;
-  while (warps > 1 && (grid(warps) < kTwoPerSm || warps / 2 * C::kRowsPerWarp >= p.V)) warps /= 2;
-  const size_t shared = p.T * (2 * C::kTileK + warps * C::kRowsPerWarp + 2) * sizeof(float);
-  decode_kernel<C><<<grid(warps), warps * 32, shared, static_cast<cudaStream_t>(stream)>>>(p);
+  while (warps > 1 && warps / 2 * C::kRowsPerWarp >= p.V) warps /= 2;
+  for (int64_t fewer = warps / 2; fewer >= 1 && warps_an_sm(warps) <= 16; fewer /= 2)
+    if (warps_an_sm(fewer) < warps_an_sm(warps)) warps = fewer;
+  const dim3 grid(p.B * tiles(warps), p.H, p.HV / p.H);
+  const size_t shared = DecodeShared<C>::bytes(p.T, warps * C::kRowsPerWarp);
+  const auto on = static_cast<cudaStream_t>(stream);
+  decode_kernel<C><<<grid, warps * 32, shared, on>>>(p, tiles(warps));
 }
 
 template <class State, bool kVFirst>

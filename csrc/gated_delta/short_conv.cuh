@@ -5,20 +5,23 @@
 // CTA = (chunk of tokens, 128 threads along the channels). A thread owns 128 bits of channels (64
 // bits of 16-bit channels if W > 4) and walks the chunk: forward in time for y, backward for the
 // gradients, where z is computed again. The rows that the taps reach are in registers, so that HBM
-// sees each element once; kStep tokens are requested together. A chunk (128 tokens forward, 256
-// backward) reads kTaps - 1 rows of its neighbour again, backward of x, and of dy after it, too.
+// sees each element once. Forward, kStep rows are under way all the time: each is requested when
+// the one kStep tokens before it is used. A chunk (up to 128 tokens forward, 256 backward) reads
+// kTaps - 1 rows of its neighbour again, backward of x, and of dy after it, too.
 // The taps, [D,W] of any type, and the bias come through shared memory, so that their accesses fill
-// whole sectors: 4 (W + 1) bytes a channel, at most 21 KB. A thread's part has an odd length, which
-// keeps reads free of bank conflicts; stores are up to 2-way. Rows of single elements take the same
-// way to the same bits.
-// Registers: kTaps kVec of taps, of rows, backward of dz and sums as well; at most 168 and 255.
-// Bytes an element: 2 e forward, 3 e backward (e bytes an element), partial sums of the taps 4 (W +
-// 1) a channel and chunk. FLOPs: 2 W + 15, backward 6 W + 25: bound by memory.
+// whole sectors: 4.1 (kTaps + 1) bytes a channel, at most 21 KB; a word is left out after each 32,
+// which keeps stores, and at W = 2, 4, 8 reads, free of bank conflicts. Rows of single elements
+// take the same way to the same bits. Registers: kTaps kVec of taps, of rows, backward of dz and
+// sums as well; at most 128 forward for float channels (4 CTAs, 32 KB of rows under way an SM), 168
+// else, and 255 backward. Bytes an element: 2 e forward, 3 e backward (e bytes an element), partial
+// sums of the taps 4 (W + 1) a channel and chunk. FLOPs: 2 W + 15, backward 6 W + 25: bound by
+// memory; forward 24 instructions an element, without branches.
 #pragma once
 #include "common/cuda/math.cuh"
 #include "common/cuda/pack.cuh"
 #include "common/cuda/sequences.cuh"
 #include "gated_delta/input.cuh"
+#include "gated_delta/input_bits.cuh"
 #include "gated_delta/short_conv.h"
 
 namespace df::cuda {
@@ -29,6 +32,7 @@ struct ConvConfig {
   using E = E_;
   static constexpr int kTaps = kTaps_, kStep = 4, kBackStep = kTaps > 4 ? 1 : 2;
   static constexpr int kVec = !kAligned ? 1 : kTaps > 4 ? 4 : 16 / int(sizeof(E));
+  static constexpr int kCtas = kTaps * kVec <= 16 ? 4 : 3;  // an SM's registers hold
   using Row = Pack<E, kVec>;
   using Values = float[kVec];
 };
@@ -59,29 +63,38 @@ __device__ inline ConvPlace conv_place(const ConvDeviceInputs& in, int64_t token
 }
 
 // The taps of this thread's channels, by lag, and their bias; all threads of the CTA take part.
+constexpr int conv_staged(int i) {
+  return i + i / 32;  // a thread's elements do not start in the banks of its neighbours'
+}
+template <class C>
+constexpr int kConvTapFloats = conv_staged(kConvThreads * C::kVec * (C::kTaps + 1));
 template <class C>
 __device__ inline void conv_taps(const ConvDeviceInputs& in, int64_t c, float* shared,
                                  float (&tap)[C::kTaps][C::kVec], float (&bias)[C::kVec]) {
-  const int W = int(in.W), mine = C::kVec * W, stride = (mine + C::kVec) | 1;
-  const int64_t first = c - threadIdx.x * C::kVec, last = in.D * W;
-  for (int i = threadIdx.x; i < kConvThreads * C::kVec; i += kConvThreads)
-    shared[i / C::kVec * stride + mine + i % C::kVec] =
-        in.bias.data && first + i < in.D ? load_any(in.bias, first + i) : 0;
-  for (int i = threadIdx.x; i < kConvThreads * mine; i += kConvThreads)
-    if (first * W + i < last)
-      shared[i / mine * stride + i % mine] = load_any(in.weight, first * W + i);
+  constexpr int kBiases = kConvThreads * C::kVec * C::kTaps;  // behind the taps
+  const int W = int(in.W), mine = C::kVec * W;
+  const int64_t first = c - threadIdx.x * C::kVec, inside = in.D - first;
+  const int64_t end = (inside < kConvThreads * C::kVec ? inside : kConvThreads * C::kVec) * W;
+  uint32_t taps_of_all[C::kVec * C::kTaps], bias_of_all[C::kVec];
+  load_bits<kConvThreads>(in.weight, first * W + threadIdx.x, end - threadIdx.x, taps_of_all);
+  load_bits<kConvThreads>(in.bias, first + threadIdx.x,
+                          in.bias.data ? inside - int64_t(threadIdx.x) : 0, bias_of_all);
+#pragma unroll
+  for (int n = 0; n < C::kVec * C::kTaps; ++n)
+    shared[conv_staged(n * kConvThreads + threadIdx.x)] =
+        from_bits(taps_of_all[n], in.weight.dtype);
+#pragma unroll
+  for (int n = 0; n < C::kVec; ++n)
+    shared[conv_staged(kBiases + n * kConvThreads + threadIdx.x)] =
+        from_bits(bias_of_all[n], in.bias.dtype);
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < C::kVec; ++i) {
-    bias[i] = shared[threadIdx.x * stride + mine + i];
+    bias[i] = shared[conv_staged(kBiases + threadIdx.x * C::kVec + i)];
 #pragma unroll
     for (int k = 0; k < C::kTaps; ++k)
-      tap[k][i] = k < W && c + i < in.D ? shared[threadIdx.x * stride + i * W + W - 1 - k] : 0;
+      tap[k][i] = k < W ? shared[conv_staged(threadIdx.x * mine + i * W + W - 1 - k)] : 0;
   }
-}
-template <class C>
-constexpr int conv_tap_floats(int64_t W) {
-  return kConvThreads * ((C::kVec * (int(W) + 1)) | 1);
 }
 
 // The row of x at token t, from memory or element by element from the history.
@@ -120,8 +133,15 @@ __device__ inline float conv_sum(const float (&tap)[kTaps][kVec], const float (&
   return start;
 }
 
+// z, or silu(z) to 4 ulp: an exact division has a branch, here for every element. Below z = -87 it
+// is 0, where silu(z) > -2^-119.
+__device__ inline float conv_activation(bool silu, float z) {
+  const float y = __fdividef(z, 1 + expf(-z));
+  return silu ? y : z;
+}
+
 template <class C>
-__global__ void __launch_bounds__(kConvThreads, 3)
+__global__ void __launch_bounds__(kConvThreads, C::kCtas)
     conv_fwd_kernel(const __grid_constant__ ConvDeviceFwd p,
                     const __grid_constant__ Offsets offsets, int64_t tokens) {
   using E = typename C::E;
@@ -132,44 +152,45 @@ __global__ void __launch_bounds__(kConvThreads, 3)
   float tap[C::kTaps][C::kVec], rows[C::kTaps][C::kVec], bias[C::kVec];  // rows[k]: token t - k
   conv_taps<C>(in, at.c, shared, tap, bias);
   if (at.c >= in.D) return;
-  E* const y = static_cast<E*>(p.y) + at.b * in.T * in.D + at.c;
 
-  for (int64_t t = at.begin; t < at.end;) {
+  for (int64_t t = at.begin, end; t < at.end; t = end) {
     const Span span = span_of(offsets, at.b, t);
-    const int64_t end = span.last < at.end ? span.last : at.end;
+    end = span.last < at.end ? span.last : at.end;
+    const E* x = static_cast<const E*>(in.x.data) + offset(in.x, at.b, t, 0) + at.c;
+    E* y = static_cast<E*>(p.y) + (at.b * in.T + t) * in.D + at.c;
+    typename C::Row past[C::kTaps - 1], next[C::kStep];
     if (span.n == in.N) {  // behind the last sequence
-      typename C::Row none;
-      none.zero();
-      for (; t < end; ++t) none.store(y + t * in.D);
+      next[0].zero();
+#pragma unroll 1
+      for (; t < end; ++t, y += in.D) next[0].store(y);
       continue;
     }
 #pragma unroll
     for (int k = 1; k < C::kTaps; ++k) {
-      typename C::Row row;
-      row.zero();
-      if (k < W) conv_row<C>(in, span, at, t - k, row);
-      conv_widen<C>(row, rows[k - 1]);
+      past[k - 1].zero();
+      if (k < W) conv_row<C>(in, span, at, t - k, past[k - 1]);
     }
-    for (; t < end; t += C::kStep) {
-      typename C::Row next[C::kStep];
 #pragma unroll
-      for (int u = 0; u < C::kStep; ++u)
-        if (t + u < end) conv_row<C>(in, span, at, t + u, next[u]);
+    for (int u = 0; u < C::kStep; ++u) {
+      next[u].zero();
+      if (t + u < end) next[u].load(x + u * in.x.t);
+    }
+#pragma unroll
+    for (int k = 1; k < C::kTaps; ++k) conv_widen<C>(past[k - 1], rows[k - 1]);
+    for (int left = int(end - t); left > 0; left -= C::kStep) {
 #pragma unroll
       for (int u = 0; u < C::kStep; ++u) {
-        if (t + u >= end) break;
         conv_shift(rows);
         conv_widen<C>(next[u], rows[0]);
+        if (u + C::kStep < left) next[u].load(x + (u + C::kStep) * in.x.t);
         typename C::Row out;
 #pragma unroll
-        for (int i = 0; i < C::kVec; ++i) {
-          const float z = conv_sum(tap, rows, W, i, bias[i]);
-          out.set(i, in.silu ? z * sigmoid(z) : z);
-        }
-        out.store(y + (t + u) * in.D);
+        for (int i = 0; i < C::kVec; ++i)
+          out.set(i, conv_activation(in.silu, conv_sum(tap, rows, W, i, bias[i])));
+        if (u < left) out.store(y + u * in.D);
       }
+      x += C::kStep * in.x.t, y += C::kStep * in.D;
     }
-    t = end;
   }
 }
 
@@ -215,8 +236,8 @@ void conv_fwd_launch(const ConvDeviceFwd& p, const Offsets& offsets, void* strea
     conv_dispatch<E>(in, p.y, nullptr, [&](auto config) {
       using C = decltype(config);
       conv_fwd_kernel<C>
-          <<<conv_grid<C>(in, false), kConvThreads, conv_tap_floats<C>(in.W) * sizeof(float),
-             stream>>>(p, offsets, in.chunk(false));
+          <<<conv_grid<C>(in, false), kConvThreads, kConvTapFloats<C> * sizeof(float), stream>>>(
+              p, offsets, in.chunk(false));
     });
   const int64_t states = in.N * in.D * (in.W - 1);
   if (p.final_state && states != 0)

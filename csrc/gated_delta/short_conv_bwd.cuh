@@ -179,8 +179,8 @@ void conv_bwd_launch(const ConvDeviceBwd& p, const Offsets& offsets, void* strea
     conv_dispatch<E>(in, p.dx, &p.dy, [&](auto config) {
       using C = decltype(config);
       conv_bwd_kernel<C>
-          <<<conv_grid<C>(in, true), kConvThreads, conv_tap_floats<C>(in.W) * sizeof(float),
-             stream>>>(p, offsets, in.chunk(true));
+          <<<conv_grid<C>(in, true), kConvThreads, kConvTapFloats<C> * sizeof(float), stream>>>(
+              p, offsets, in.chunk(true));
     });
   if (p.d_initial && in.N * in.D != 0)
     conv_initial_kernel<E>

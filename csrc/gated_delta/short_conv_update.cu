@@ -3,8 +3,9 @@
 //
 // CTA = (row, 128 channels), a channel a thread. The state goes through shared memory in both
 // directions, so that a contiguous one is moved in whole sectors; the CTA has read its part before
-// it writes it. Shared memory: 128 ((W-1) | 1) floats of state and 128 ((W+1) | 1) of taps, at most
-// 8 KB; odd lengths a channel keep reads free of bank conflicts. Registers: at most 64.
+// it writes it. Shared memory: 128 ((W-1) | 1) floats of state, odd lengths a channel to keep reads
+// free of bank conflicts, and the taps as short_conv.cuh stages them: at most 8.4 KB. Registers: at
+// most 64.
 // Bytes a channel: (2 W - 2 + 2 T) e, and 4 W of float taps. FLOPs: (2 W + 10) T.
 // For a few rows bound by latency, for many by memory: the state is three times what x is at W = 4
 // and T = 1.
@@ -33,7 +34,7 @@ __global__ void __launch_bounds__(kConvThreads, 8)
   const int64_t columns = (in.D + kConvThreads - 1) / kConvThreads;
   const int64_t b = blockIdx.x / columns, first = blockIdx.x % columns * kConvThreads;
   const int64_t c = first + threadIdx.x;
-  float* const slots_of_all = shared + conv_tap_floats<C>(W);
+  float* const slots_of_all = shared + kConvTapFloats<C>;
   float* const mine = slots_of_all + threadIdx.x * stride;
   E* const state = static_cast<E*>(p.state);
 
@@ -46,8 +47,8 @@ __global__ void __launch_bounds__(kConvThreads, 8)
   for (int64_t t = 0; t < in.T && c < in.D; ++t) {
     conv_shift(rows);
     rows[0][0] = to_float(static_cast<const E*>(in.x.data)[offset(in.x, b, t, 0) + c]);
-    const float z = conv_sum(tap, rows, W, 0, bias[0]);
-    from_float(in.silu ? z * sigmoid(z) : z, static_cast<E*>(p.y) + (b * in.T + t) * in.D + c);
+    from_float(conv_activation(in.silu, conv_sum(tap, rows, W, 0, bias[0])),
+               static_cast<E*>(p.y) + (b * in.T + t) * in.D + c);
   }
 #pragma unroll
   for (int k = 0; k < C::kTaps; ++k)
@@ -61,8 +62,7 @@ template <class E>
 void conv_update_launch(const ConvDeviceUpdate& p, void* stream) {
   const int64_t columns = (p.in.D + kConvThreads - 1) / kConvThreads;
   if (p.in.B * columns == 0) return;
-  const size_t floats =
-      conv_tap_floats<ConvConfig<E, false, 8>>(p.in.W) + kConvThreads * ((p.in.W - 1) | 1);
+  const size_t floats = kConvTapFloats<ConvConfig<E, false, 8>> + kConvThreads * ((p.in.W - 1) | 1);
   conv_update_kernel<E><<<unsigned(p.in.B * columns), kConvThreads, floats * sizeof(float),
                           static_cast<cudaStream_t>(stream)>>>(p);
 }
