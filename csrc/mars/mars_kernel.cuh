@@ -9,6 +9,8 @@
 // atomic ticket; an item waits only for items with smaller tickets, which others have drawn and
 // finish without it: no deadlock, whatever the number of resident CTAs. The last CTA to find no
 // item increments the steps. Sums do not depend on who added them: equal bits in every launch.
+// The eighth warp draws the CTA's next item, computes its constants and waits for it, while the
+// others work; these never wait themselves, so that the smallest unfinished ticket always proceeds.
 //
 // A warp takes quanta of 256 elements, 8 a lane (mars_memory.cuh): also the block of 8-bit states.
 // Workspace: ticket and count of finished CTAs, MarsProgress of each tensor (both zeroed on the
@@ -19,9 +21,11 @@
 // double): update 122, 168; norms alone 56, 64; no spills. Beside float two CTAs an SM, each
 // thread with 160 bytes of float32 arrays in flight.
 //
-// Bytes an element, mars-adamw: float32 N 8, U 20 read + 16 written; bfloat16 p, g, h with split16
-// N 4, U 16 read + 14 written; 8-bit m, v, h with bfloat16 p, g: N 3, U 7 + 5. Bound by memory,
-// except for the 8-bit states, whose encoding is some 40 instructions an element and array.
+// U's accesses are the last ones to their bytes and leave L2 first, which keeps what N has read of
+// the next tensor. Bytes an element, mars-adamw: float32 N 8, U 20 read + 16 written; bfloat16 p,
+// g, h with split16 N 4, U 16 read + 14 written; 8-bit m, v, h with bfloat16 p, g: N 3, U 7 + 5.
+// Bound by memory, except for the 8-bit states, whose encoding is some 40 instructions an element
+// and array. float32 takes 48 an element, without a branch on what an array is.
 #pragma once
 #include <algorithm>
 #include <cstring>
