@@ -18,6 +18,9 @@ CASES = {
     "unaligned": ((270, 33, 3), BF16, BF16, ()),
     "two pieces an item": ((140, 70, 8), F32, BF16, ()),
     "16 channels": ((136, 40, 16), F32, F32, ()),
+    "whole rows, several warps": ((280, 768, 4), F32, F32, ()),
+    "whole rows, two pieces": ((140, 72, 8), F32, F32, ()),
+    "whole rows, one channel": ((150, 520, 1), BF16, BF16, ()),
     "no rewrite": ((600, 40, 4), F32, F32, ("k",)),
     "in parts": ((2, 16384, 4), F32, F32, ()),
 }
@@ -56,7 +59,9 @@ def derivatives(given, options=FULL):
     return [*outputs, *torch.autograd.grad(outputs, inputs, grads)]
 
 
-@pytest.mark.parametrize("case", ["several warps and groups", "unaligned"])
+@pytest.mark.parametrize(
+    "case", ["several warps and groups", "unaligned", "whole rows, several warps"]
+)
 def test_equal_bits_in_every_schedule(emulated_with, case):
     shape, state, act, without = CASES[case]
     given, bits = make(*shape, state, act, without=without), []
@@ -88,6 +93,23 @@ def test_launches(emulated):
         y = raw.boundary(tuple(ours.values()), FULL)[0]
         torch.autograd.grad(y.sum(), ours["read"])
     assert kernels(launches) == ["finish"]
+
+
+@pytest.mark.parametrize("without", [NAMES[5:], NAMES[7:], ("read", "b_v"), ()], ids=str)
+@pytest.mark.parametrize("shape", [(9, 768, 4), (9, 48, 8), (9, 80, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_whole_rows_have_a_kernel_with_the_same_bits(emulated, shape, dtype, without):
+    """The general one takes the same values from memory that is not aligned."""
+    given = make(*shape, dtype, dtype, without=without)
+    x = given["x"]
+    shifted = torch.empty(x.numel() + 1, dtype=dtype)[1:].view_as(x).copy_(x)
+    options, results = raw.Options(norm=without != NAMES[5:], **GATES), []
+    for values in (x, shifted):
+        with emulated.profile() as launches:
+            results.append(call({**given, "x": values}, options))
+        assert ("whole" in launches[0]["kernel"]) == (values is x)
+    for ours, other in zip(*results, strict=True):
+        assert torch.equal(ours, other)
 
 
 # d, d_v, type of the state, of k and c

@@ -64,7 +64,7 @@ KERNELS = [
     Kernel(r"gate_(fwd|bwd)_kernel.*Lb0E", 6, 64, ("LDG.E", "STG.E")),
     # the second stage of these kernels', and of other operators', sums
     Kernel(r"column_sums_kernel", 3, 64, ("LDG.E", "STG.E")),
-    # two CTAs of 256 threads an SM; float64 has one
+    # two CTAs of 7 + 1 warps an SM; float64 has one
     Kernel(r"mars_kernelIf", 1, 128, ("LDG.E.128", "STG.E.128")),
     Kernel(r"mars_kernelId", 1, 255, ("LDG.E.128", "STG.E.128")),
     Kernel(r"mars_squares_kernel", 2, 128, ("LDG.E.128",)),
@@ -95,7 +95,7 @@ KERNELS = [
     Kernel(r"frame_bwd_kernel.*Lb1EEELi0E", 9, 128, ("LDG.E.128", "STG.E.128", "LDS.128")),
     Kernel(r"frame_bwd_kernel.*Lb1EEELi[124]E", 18, 168, ("LDG.E.128", "STG.E.128", "LDS.128")),
     Kernel(r"frame_bwd_kernel.*Lb0EEELi0E", 3, 128, ("LDG.E", "STG.E", "LDS.128")),
-    Kernel(r"frame_mma_kernel.*ELi2E.*Lb0E", 2, 128, ("HMMA.16816.F32", "LDG.E.128", "LDS.128")),
+    Kernel(r"frame_mma_kernel.*ELi2E.*Lb0E", 2, 168, ("HMMA.16816.F32", "LDG.E.128", "LDS.128")),
     Kernel(r"frame_mma_kernel.*ELi(4E|2E.*Lb1E)", 6, 255, ("HMMA.16816.F32", "LDG.E.128")),
     Kernel(r"frame_products_mma_kernel", 4, 168, ("HMMA.16816.F32", "LDSM.16.MT88", "LDG.E.128")),
     Kernel(r"frame_products_kernel", 12, 168, ("LDG.E.128", "LDS.128")),
@@ -104,6 +104,7 @@ KERNELS = [
     Kernel(r"frame_(sum|skew)_kernel", 2, 64, ("LDG.E", "STG.E")),
     # one CTA an SM: of 16 warps; backward by features and channels an item also of 12 and 8
     Kernel(r"boundary_fwd_kernel", 15, 128, ("LDGSTS.E.BYPASS.128", "LDS.128", "STG.E.128")),
+    Kernel(r"boundary_fwd_whole_kernel", 45, 128, ("LDGSTS.E.BYPASS.128", "LDS.128", "STG.E.128")),
     Kernel(r"boundary_bwd_kernel.*(IfLi[248]E|f16ELi[48]E)", 7, 128, ("LDGSTS.E.BYPASS.128",)),
     Kernel(r"boundary_bwd_kernel.*(IfLi1E|f16ELi2E)", 3, 168, ("LDGSTS.E.BYPASS.128", "LDS.128")),
     Kernel(r"boundary_bwd_kernel.*(f16ELi1E|Li16E)", 5, 255, ("LDGSTS.E.BYPASS.128", "LDS.128")),

@@ -3,7 +3,8 @@
 //   x_i = sum_j R_ij Y_ij,  rho = (mean x^2 + eps)^-1/2,  c_i = gamma_i x_i rho
 //   z_v = W_v (x or c) + b_v,  z_beta = W_beta c + b_beta
 //
-// One persistent launch. A group of 1 to 16 warps, 4 items (boundary_tile.cuh) a thread, owns a
+// Whole rows with the rewrite have the kernel of boundary_fwd_whole.cuh; this one takes all others.
+// One persistent launch. A group of 1 to 16 warps, 8 items (boundary_tile.cuh) a thread, owns a
 // token; a CTA of up to 16 warps is several groups that share the weights. A group:
 //   fetch   the rows of X and k~ as they are, by cp.async, one or two tokens ahead
 //   read    |k~|^2 and k~^T X                  -> first sum over the group, s, p, u
@@ -19,8 +20,8 @@
 // parts, whose second reading comes from L2. Item accesses have no bank conflicts.
 // Registers: at most 122 (one CTA of 16 warps an SM has 128); no spills.
 // Bytes a token: 2 d_v b + 2 a a feature (b, a: bytes of the state and of k~, c). FLOPs: 8 d_v + 10
-// a feature, in some 100 instructions for 16-bit d_v = 4. Bound by memory with rewrite or read-out
-// alone; with everything, issuing takes about as long as the bytes on an H100 (counted, not timed).
+// a feature, in some 130 instructions an item for float d_v = 4 and 600 a token and warp: bound by
+// issuing these, not by memory.
 #pragma once
 #include "ddl/boundary_plan.cuh"
 
@@ -137,18 +138,20 @@ struct BoundaryForward {
     float p;              // lane j: p_j
     __device__ float s() const { return fminf(scale * factor, 3.4028235e38f); }
   };
-  __device__ Direction direction(int64_t n, uint32_t stage) {
-    float sums = read_token(n, stage, 1);
+  // read(scale) is read_token of k~ times scale, largest() the largest |k~|
+  template <class Read, class Largest>
+  __device__ Direction direction(Read read, Largest largest_of) {
+    float sums = read(1);
     if (!p.a.normalize_k) return {1, 1, sums};
     const float eps = float(p.a.k_eps);
     float square = broadcast(sums, kChannels) + eps * eps, scale = 1;
     if (!(square <= 3.4028235e38f) || square < 1e-30f) {
-      const float largest = fmaxf(largest_k(n, stage), eps);
+      const float largest = fmaxf(largest_of(), eps);
       if (largest == 0) return {1, 0, 0};
       // a power of two near 1 / largest, a normal number
       const int exponent = int(__float_as_uint(largest) >> 23);
       scale = __uint_as_float(uint32_t(min(max(254 - exponent, 1), 252)) << 23);
-      sums = read_token(n, stage, scale);
+      sums = read(scale);
       square = broadcast(sums, kChannels) + (eps * scale) * (eps * scale);
     }
     const float factor = 1.0f / sqrtf(square);
@@ -167,8 +170,9 @@ struct BoundaryForward {
   }
   __device__ float update(float gate, float p_j) const {
     const bool is_v = g.lane < p.a.d_v;
-    if (is_v && p.a.v_logits) gate = float(p.a.v_scale) * two_sided_sigmoid(gate);
-    if (g.lane == 16 && p.a.beta_logits) gate = 2 * two_sided_sigmoid(gate);
+    const float share = two_sided_sigmoid(gate);  // one for all lanes: no branches
+    if (is_v && p.a.v_logits) gate = float(p.a.v_scale) * share;
+    if (g.lane == 16 && p.a.beta_logits) gate = 2 * share;
     const float beta = broadcast(gate, 16), erase = broadcast(gate, 17);
     return is_v ? beta * gate - (p.a.beta_erase.data ? erase : beta) * p_j : 0;
   }
@@ -265,8 +269,16 @@ struct BoundaryForward {
 
   // ---- what the second sum was for
   __device__ void finish_token(int64_t n, const Direction& k_by, float sums) const {
+    const float rho = readout ? rho_of(sums) : 0;
+    store_numbers(n, k_by, sums, rho);
+    if (p.a.x_in) store_rows(n, p.a.x_in, [](float x, float) { return x; });
+    if (p.a.c) store_rows(n, p.a.c, [&](float x, float gamma) { return gamma * (x * rho); });
+  }
+  __device__ float rho_of(float sums) const {
     const float square = broadcast(sums, kChannels);
-    const float rho = readout ? 1.0f / sqrtf(square / float(p.a.d) + float(p.a.norm_eps)) : 0;
+    return 1.0f / sqrtf(square / float(p.a.d) + float(p.a.norm_eps));
+  }
+  __device__ void store_numbers(int64_t n, const Direction& k_by, float sums, float rho) const {
     const int d_v = int(p.a.d_v), lane = g.lane;
     if (g.warp == 0) {
       if (p.a.z_v && lane < d_v) {
@@ -281,8 +293,6 @@ struct BoundaryForward {
       const float saved = lane == 0 ? k_by.s() : lane == 1 ? rho : p_j;
       if (p.a.saved && lane < d_v + 2) static_cast<float*>(p.a.saved)[n * (d_v + 2) + lane] = saved;
     }
-    if (p.a.x_in) store_rows(n, p.a.x_in, [](float x, float) { return x; });
-    if (p.a.c) store_rows(n, p.a.c, [&](float x, float gamma) { return gamma * (x * rho); });
   }
   // fn(x, gamma) of each feature, 4 at a time
   template <class Fn>
@@ -356,7 +366,8 @@ __global__ void __launch_bounds__(kBoundaryWarps * 32, 1)
     typename BoundaryForward<T>::Direction k_by{1, 0, 0};
     float u = 0;
     if (p.a.k.data) {
-      k_by = x.direction(n, stage);
+      k_by = x.direction([&](float scale) { return x.read_token(n, stage, scale); },
+                         [&] { return x.largest_k(n, stage); });
       u = x.update(gate, k_by.p);
     } else {
       x.g.sync();  // the token before is finished
@@ -374,38 +385,30 @@ __global__ void __launch_bounds__(kBoundaryWarps * 32, 1)
   }
 }
 
-// False: a token's features do not fit.
-template <class E>
-bool boundary_fwd_launch(const BoundaryArgs& a, void* stream) {
-  return with_tile<E>(a.d_v, [&](auto tile) {
-    using T = decltype(tile);
-    const auto stage_bytes = [&a](int items) {
-      const int k = a.k.data ? round_up(int64_t(items) * T::kFeatures * size_of(a.act), 32) : 0;
-      return items * T::kPieces * 16 + k;
-    };
-    BoundaryPlanner<T> planner{a,   boundary_device(), kBoundaryWarps,
-                               128, kBoundaryWarps,    stage_bytes};
-    planner.token_bytes = round_up((a.d + T::kFeatures) * 4, 32);
-    planner.width = BoundaryForward<T>::kWrite;
-    if (!planner.divide()) return false;
-    planner.choose();
-    BoundaryPlan& plan = planner.plan;
-    plan.x = plan.stages * plan.stage_bytes;
-    plan.reduction = plan.x + int(planner.token_bytes);
-    planner.size_grid(boundary_fwd_kernel<T>);
+template <class T>
+BoundaryPlanner<T> boundary_fwd_planner(const BoundaryArgs& a) {
+  const auto stage_bytes = [&a](int items) {
+    const int k = a.k.data ? round_up(int64_t(items) * T::kFeatures * size_of(a.act), 32) : 0;
+    return items * T::kPieces * 16 + k;
+  };
+  BoundaryPlanner<T> planner{a,   boundary_device(), kBoundaryWarps,
+                             256, kBoundaryWarps,    stage_bytes};
+  planner.token_bytes = round_up((a.d + T::kFeatures) * 4, 32);
+  planner.width = BoundaryForward<T>::kWrite;
+  return planner;
+}
 
-    const int size = sizeof(E), act = size_of(a.act);
-    const bool whole = a.d_v == T::kChannels;
-    const TokenRows y{a.y, a.d * a.d_v};
-    BoundaryFwdLaunch p{a, plan};
-    p.x_vectors = whole && whole_vectors(a.x, a.d * a.d_v, size);
-    p.k_vectors = whole_vectors(a.k, a.d, act);
-    p.y_vectors = whole && whole_vectors(y, a.d * a.d_v, size);
-    p.c_vectors = a.d % 4 == 0;
-    p.direct = p.y_vectors && T::kPieces == 1;
-    boundary_fwd_kernel<T><<<plan.grid, plan.groups * plan.warps * 32, plan.bytes,
-                             static_cast<cudaStream_t>(stream)>>>(p);
-    return true;
-  });
+template <class T>
+BoundaryFwdLaunch boundary_fwd_rows(const BoundaryArgs& a) {
+  const int size = sizeof(typename T::State);
+  const bool whole = a.d_v == T::kChannels;
+  const TokenRows y{a.y, a.d * a.d_v};
+  BoundaryFwdLaunch p{a};
+  p.x_vectors = whole && whole_vectors(a.x, a.d * a.d_v, size);
+  p.k_vectors = whole_vectors(a.k, a.d, size_of(a.act));
+  p.y_vectors = whole && whole_vectors(y, a.d * a.d_v, size);
+  p.c_vectors = a.d % 4 == 0;
+  p.direct = p.y_vectors && T::kPieces == 1;
+  return p;
 }
 }  // namespace df::cuda

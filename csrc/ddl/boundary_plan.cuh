@@ -32,6 +32,7 @@ struct BoundaryPlanner {
   std::function<int(int items)> stage_bytes;  // of what is fetched for one token
   int64_t token_bytes = 0;                    // else of a group, without reductions
   bool sums = false;                          // gradients of the weights, too
+  bool readout = false, projections = false;  // places for these weights, absent or not
   int width = 0;                              // floats that a warp gives to a sum
   BoundaryPlan plan{};
 
@@ -61,6 +62,7 @@ struct BoundaryPlanner {
     const Weight& weight;
     bool wanted;
     int bytes;
+    bool always = false;  // even for an absent weight
   };
   // The weights, and before them their gradients, from the largest on, as far as they fit.
   int64_t place(int64_t room, bool all) {
@@ -69,14 +71,14 @@ struct BoundaryPlanner {
                             {&BoundaryPlan::sum_W_v, a.W_v, sums, items},
                             {&BoundaryPlan::sum_norm, a.norm, sums, features},
                             {&BoundaryPlan::sum_W_beta, a.W_beta, sums, features},
-                            {&BoundaryPlan::read, a.read, true, items},
-                            {&BoundaryPlan::W_v, a.W_v, true, items},
-                            {&BoundaryPlan::norm, a.norm, true, features},
-                            {&BoundaryPlan::W_beta, a.W_beta, true, features}};
+                            {&BoundaryPlan::read, a.read, true, items, readout},
+                            {&BoundaryPlan::W_v, a.W_v, true, items, projections},
+                            {&BoundaryPlan::norm, a.norm, true, features, readout},
+                            {&BoundaryPlan::W_beta, a.W_beta, true, features, projections}};
     int64_t used = 0;
     for (const Place& x : places) {
       plan.*x.offset = -1;
-      if (!x.wanted || x.weight.data == nullptr) continue;
+      if (!x.wanted || (x.weight.data == nullptr && !x.always)) continue;
       if (used + x.bytes <= room) {
         plan.*x.offset = int(used);
         used += x.bytes;
@@ -110,6 +112,21 @@ struct BoundaryPlanner {
         if (settle(groups, stages, true, true)) return;
     for (int stages : {2, 1})
       if (settle(1, stages, false, true)) return;
+  }
+
+  // All weights and one or two tokens ahead, in no more groups than the rounds need: whoever has
+  // one token more than the others makes them wait.
+  bool choose_even() {
+    const int64_t tokens = std::max<int64_t>(1, (a.N + device.sms - 1) / device.sms);
+    const int groups_at_most = std::clamp(max_warps / plan.warps, 1, max_groups);
+    for (int64_t most = std::min<int64_t>(tokens, groups_at_most); most > 0; --most) {
+      const int64_t rounds = (tokens + most - 1) / most;
+      const int groups = int((tokens + rounds - 1) / rounds);
+      const int least = rounds == 1 || groups == 1 ? 1 : 2;
+      for (int stages = int(std::min<int64_t>(rounds, 3)); stages >= least; --stages)
+        if (settle(groups, stages, true, true)) return true;
+    }
+    return false;
   }
 
   template <class Kernel>

@@ -484,6 +484,7 @@ __device__ inline float strided_sum(float x) {
 template <int kCount>
 __device__ inline float warps_sum(uint32_t buffer, int warps, int stride, int lane) {
   float sum = 0;
+#pragma unroll 1  // few warps: one round mostly
   for (int w = lane / kCount; w < warps; w += 32 / kCount)
     sum += lds_float(buffer + 4 * (w * stride + lane % kCount));
   return strided_sum<kCount>(sum);

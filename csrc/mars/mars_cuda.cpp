@@ -40,6 +40,15 @@ bool vectors(const MarsTensor& t, MarsMaster master) {
          fits({t.master, master == MarsMaster::split16 ? DType::bf16 : DType::f32});
 }
 
+// Whether the arrays that the norm or the update looks at are those of the plain case.
+bool plain(const MarsTensor& t, const MarsSection& x, bool update) {
+  const auto is_float = [](const MarsArray& a) { return a.type == DType::f32 && !a.absmax; };
+  if (t.p.type == DType::f64 || t.g_type != DType::f32 || !is_float(t.h)) return false;
+  return !update || (x.rule == MarsRule::adamw && x.caution == MarsCaution::off &&
+                     x.master == MarsMaster::none && !x.stateless && !t.vmax.data &&
+                     x.write_h == x.corrected && is_float(t.p) && is_float(t.m) && is_float(t.v));
+}
+
 // The tensors of one compute type with their work list, and the table made of it.
 struct Plan {
   MarsLaunch launch{};
@@ -77,10 +86,12 @@ Plan make_plan(const MarsCall& call, bool wide, bool update, bool own_norms) {
     e.tensor = t;
     if (update) e.step = call.steps[i];
     e.counts_steps = counts_steps(x);
-    e.chunks = int32_t((t.n + kMarsChunk - 1) / kMarsChunk);
+    e.chunks = int32_t((t.n + kMarsCudaChunk - 1) / kMarsCudaChunk);
     e.norm = !update || (own_norms && x.corrected && std::isfinite(x.clip));
     e.count = update && x.caution == MarsCaution::mean && x.rule != MarsRule::given;
-    e.vectors = vectors(t, x.master);
+    e.access = !vectors(t, x.master) ? MarsAccess::single
+               : plain(t, x, update) ? MarsAccess::plain
+                                     : MarsAccess::vectors;
     if ((t.p.type == DType::f64) == wide) plan.entries.push_back(e);
   }
   order_items(plan, update);

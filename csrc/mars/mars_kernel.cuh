@@ -1,6 +1,6 @@
 // MARS on lists of tensors; equations in mars.h. Arithmetic in T, squares and scalars in double.
 //
-// One persistent launch of 256 threads a CTA. An item is a chunk of 32768 elements of one tensor:
+// One persistent launch of 7 + 1 warps a CTA. An item is a chunk of 14336 elements of one tensor:
 //   N  partial sum of (a g - b h)^2; the tensor's last N adds the partial sums, in their order
 //   C  counts elements with d g > 0 (caution by the mean), needs the tensor's norm
 //   U  the update, needs the norm and the count
@@ -9,203 +9,63 @@
 // atomic ticket; an item waits only for items with smaller tickets, which others have drawn and
 // finish without it: no deadlock, whatever the number of resident CTAs. The last CTA to find no
 // item increments the steps. Sums do not depend on who added them: equal bits in every launch.
+// The eighth warp draws the CTA's next item, computes its constants and waits for it, while the
+// others work; these never wait themselves, so that the smallest unfinished ticket always proceeds.
 //
 // A warp takes quanta of 256 elements, 8 a lane (mars_memory.cuh): also the block of 8-bit states.
 // Workspace: ticket and count of finished CTAs, MarsProgress of each tensor (both zeroed on the
 // stream before the launch, so that a graph can replay it), 8 bytes a partial sum. The table
 // travels as an argument of up to 32000 bytes, some 170 tensors; a larger one is put into the
 // workspace by one launch more for every 32000 bytes. Lists with float64 parameters and others: a
-// launch each. Shared memory: the item and the values of the 8-bit codes, 2.5 KB. Registers (float,
-// double): update 112, 168; norms alone 53, 64; no spills. Beside float two CTAs an SM, each thread
-// with 160 bytes of float32 arrays in flight.
+// launch each. Shared memory: two items and the values of the 8-bit codes, 3 KB. Registers (float,
+// double): update 122, 168; norms alone 56, 64; no spills. Beside float two CTAs an SM, each
+// thread with 160 bytes of float32 arrays in flight.
 //
-// Bytes an element, mars-adamw: float32 N 8, U 20 read + 16 written; bfloat16 p, g, h with split16
-// N 4, U 16 read + 14 written; 8-bit m, v, h with bfloat16 p, g: N 3, U 7 + 5. Bound by memory,
-// except for the 8-bit states, whose encoding is some 40 instructions an element and array.
+// U's accesses are the last ones to their bytes and leave L2 first, which keeps what N has read of
+// the next tensor. Bytes an element, mars-adamw: float32 N 8, U 20 read + 16 written; bfloat16 p,
+// g, h with split16 N 4, U 16 read + 14 written; 8-bit m, v, h with bfloat16 p, g: N 3, U 7 + 5.
+// Bound by memory, except for the 8-bit states, whose encoding is some 40 instructions an element
+// and array. float32 takes 48 an element, without a branch on what an array is.
 #pragma once
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
 
-#include "mars/mars_launch.h"
-#include "mars/mars_memory.cuh"
+#include "mars/mars_item.cuh"
 
 namespace df::cuda {
-constexpr int kMarsThreads = 256, kMarsWarps = kMarsThreads / 32;
-
-struct MarsParameters {
-  MarsLaunch launch;
-  bool in_workspace;  // the table
-  alignas(16) unsigned char table[kMarsTableBytes];
-};
-static_assert(sizeof(MarsParameters) <= 32764);
-
-enum class MarsPhase : int32_t { norm, count, update, none };
-
-template <class T>
-struct MarsConstants {  // MarsScalars in the compute type
-  T g_scale, a, b, norm_a, clip, beta1, rest1, extra, beta2, rest2, eps, decay, step_size;
-  T rsqrt_bias2, caution_scale;
-};
-
-// What a CTA works on, and its exchange; in shared memory.
-template <class T>
-struct MarsItem {
-  MarsPhase phase;
-  int32_t chunk;
-  uint32_t step;
-  bool last;  // this CTA was the last one to arrive
-  MarsProgress* progress;
-  MarsEntry entry;
-  MarsSection section;
-  MarsConstants<T> y;
-  double sums[kMarsWarps];
-  float codes[2][256];  // what unsigned and signed codes stand for
-};
-
-// ---- the table, the workspace, numbers on the device
-// fn(entries): in two copies, since loads of arguments are other instructions than those of memory.
-template <class Fn>
-__device__ inline void mars_with_entries(const MarsParameters& p, Fn fn) {
-  const char* workspace = static_cast<const char*>(p.launch.workspace);
-  if (p.in_workspace)
-    fn(reinterpret_cast<const MarsEntry*>(workspace + mars_table_offset(p.launch)));
-  else
-    fn(reinterpret_cast<const MarsEntry*>(p.table));
-}
-__device__ inline MarsCounters* mars_counters(const MarsLaunch& x) {
-  return static_cast<MarsCounters*>(x.workspace);
-}
-__device__ inline MarsProgress* mars_progress(const MarsLaunch& x) {
-  return reinterpret_cast<MarsProgress*>(static_cast<char*>(x.workspace) + kMarsCountersBytes);
-}
-__device__ inline double* mars_parts(const MarsLaunch& x) {
-  return reinterpret_cast<double*>(static_cast<char*>(x.workspace) + mars_zeroed_bytes(x));
-}
-__device__ inline double mars_number(const MarsInput& x, double otherwise) {
-  if (x.data == nullptr) return otherwise;
-  return x.type == DType::f64 ? *static_cast<const double*>(x.data)
-                              : *static_cast<const float*>(x.data);
-}
-
-// ---- synchronisation between CTAs, by one thread of each
-__device__ inline uint32_t mars_acquire(const uint32_t* p) {
-  uint32_t x;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
-  return x;
-}
-__device__ inline uint32_t mars_arrive(uint32_t* p) {  // how many came before
-  __threadfence();
-  return atomicAdd(p, 1);
-}
-__device__ inline void mars_wait(const uint32_t* p, uint32_t arrivals) {
-  while (mars_acquire(p) < arrivals) __nanosleep(100);
-}
-
-template <class T>
-__device__ inline void mars_constants(const MarsLaunch& p, MarsItem<T>& s) {
-  const MarsSection& x = s.section;
-  const double* scheduled = p.schedule ? p.schedule + 3 * s.entry.tensor.section : nullptr;
-  double step = s.entry.step ? *s.entry.step : 0;
-  if (s.entry.counts_steps) step = step + 1 < kMarsMaxStep ? step + 1 : kMarsMaxStep;
-  const MarsScalars y =
-      mars_scalars(x, scheduled ? scheduled[0] : x.lr, scheduled ? scheduled[1] : x.weight_decay,
-                   scheduled ? scheduled[2] : x.gamma, step, mars_number(p.grad_scale, 1));
-  s.step = uint32_t(step);
-  s.y = {T(y.g_scale), T(y.a),     T(y.b),         T(y.a * y.g_scale), T(1),
-         T(y.beta1),   T(y.rest1), T(y.extra),     T(y.beta2),         T(1 - y.beta2),
-         T(y.eps),     T(y.decay), T(y.step_size), T(y.rsqrt_bias2),   T(1)};
-}
-
-// What depends on the elements of the whole tensor, once other CTAs have it.
-template <class T>
-__device__ inline void mars_await(const MarsLaunch& p, MarsItem<T>& s) {
-  const MarsTensor& t = s.entry.tensor;
-  if (s.entry.norm) {
-    mars_wait(&s.progress->arrived, s.entry.chunks + 1);
-    s.y.clip = T(mars_clip(sqrt(__ldcg(&s.progress->square)), s.section.clip));
-  } else if (p.norms && s.section.corrected && isfinite(s.section.clip)) {
-    s.y.clip = T(mars_clip(p.norms[t.number], s.section.clip));
-  }
-  if (s.phase == MarsPhase::update && s.entry.count) {
-    mars_wait(&s.progress->counted, s.entry.chunks);
-    const uint64_t agreeing = __ldcg(reinterpret_cast<unsigned long long*>(&s.progress->agreeing));
-    const double mean = double(agreeing) / double(t.n);
-    s.y.caution_scale = T(1 / (mean > kMarsMinAgreement ? mean : kMarsMinAgreement));
-  }
-}
-
-// The phase, tensor and chunk of an item.
-template <class T>
-__device__ inline int mars_find(const MarsLaunch& x, const MarsEntry* entries, int item,
-                                MarsItem<T>& s) {
-  int group = 0;
-  for (int end = x.tensors + x.lag; end - group > 1;) {
-    const int middle = (group + end) / 2;
-    (entries[middle].first <= item ? group : end) = middle;
-  }
-  int rest = item - entries[group].first;
-  const auto take = [&](MarsPhase phase, int tensor, int items) {
-    s.phase = phase, s.chunk = rest;
-    rest -= items;
-    return rest < 0 ? tensor : -1;
-  };
-  const auto items = [&](int tensor, bool MarsEntry::* has) {
-    const bool exists = tensor >= 0 && tensor < x.tensors && entries[tensor].*has;
-    return exists ? entries[tensor].chunks : 0;
-  };
-  int tensor = take(MarsPhase::norm, group, items(group, &MarsEntry::norm));
-  if (tensor >= 0) return tensor;
-  tensor = take(MarsPhase::count, group - 1, items(group - 1, &MarsEntry::count));
-  if (tensor >= 0) return tensor;
-  s.phase = MarsPhase::update;
-  s.chunk = entries[group - x.lag].chunks - 1 - rest;  // what was read last comes first
-  return group - x.lag;
-}
-
-template <class T>
-__device__ inline void mars_load(const MarsParameters& p, int item, MarsItem<T>& s) {
-  const MarsLaunch& x = p.launch;
-  mars_with_entries(p, [&](const MarsEntry* entries) {
-    const int tensor = mars_find(x, entries, item, s);
-    const MarsEntry* sections = entries + x.tensors + x.lag;
-    s.progress = mars_progress(x) + tensor;
-    s.entry = entries[tensor];
-    s.section = reinterpret_cast<const MarsSection*>(sections)[s.entry.tensor.section];
-  });
-  mars_constants(x, s);
-}
-
-// Calls fn(place, whole) for the warp's quanta of the chunk; whole: vectors may be used.
-template <class T, class Fn>
-__device__ inline void mars_quanta(const MarsItem<T>& s, Fn fn) {
-  constexpr int64_t kQuanta = kMarsChunk / kMarsQuantum;
-  const int64_t n = s.entry.tensor.n, begin = s.chunk * kQuanta;
-  const int64_t all = (n + kMarsQuantum - 1) / kMarsQuantum;
-  const int64_t end = begin + kQuanta < all ? begin + kQuanta : all;
-  for (int64_t q = begin + threadIdx.x / 32; q < end; q += kMarsWarps) {
-    if (s.entry.vectors && (q + 1) * kMarsQuantum <= n)
-      fn(MarsPlace{q, n}, std::true_type{});
-    else
-      fn(MarsPlace{q, n}, std::false_type{});
-  }
-}
-
-__device__ inline MarsArray mars_gradient(const MarsTensor& t) {
-  return {const_cast<void*>(t.g), t.g_type};
-}
-
 // ---- N
+__device__ inline void mars_workers_sync() {  // the warps that do not look for the next item
+  asm volatile("bar.sync 1, %0;" ::"n"(kMarsThreads) : "memory");
+}
 // Sum over the CTA, for thread 0.
 template <class T>
 __device__ inline double mars_cta_sum(double x, MarsItem<T>& s) {
 #pragma unroll
   for (int mask = 1; mask < 32; mask *= 2) x += __shfl_xor_sync(0xffffffffu, x, mask);
-  __syncthreads();  // the sums of before were read
+  mars_workers_sync();  // the sums of before were read
   if (threadIdx.x % 32 == 0) s.sums[threadIdx.x / 32] = x;
-  __syncthreads();
+  mars_workers_sync();
   double sum = 0;
   for (int i = 0; i < kMarsWarps; ++i) sum += s.sums[i];
+  return sum;
+}
+
+// Whole quanta of float arrays; of two of them g and h are in flight.
+__device__ inline double mars_plain_square(const MarsItem<float>& s, int64_t begin, int64_t end) {
+  const float a = s.y.norm_a, b = s.y.b;
+  double sum = 0;
+#pragma unroll 2
+  for (int64_t q = begin + threadIdx.x / 32; q < end; q += kMarsWarps) {
+    float g[kMarsLane], h[kMarsLane];
+    mars_load_floats<false>(s.entry.tensor.g, q, g);
+    mars_load_floats<false>(s.entry.tensor.h.data, q, h);
+#pragma unroll
+    for (int k = 0; k < kMarsLane; ++k) {
+      const double c = a * g[k] - b * h[k];
+      sum += c * c;
+    }
+  }
   return sum;
 }
 
@@ -214,6 +74,12 @@ __device__ inline double mars_chunk_square(const MarsItem<T>& s) {
   const MarsTensor& t = s.entry.tensor;
   const T a = s.y.norm_a, b = s.y.b;
   double sum = 0;
+  if constexpr (sizeof(T) == 4) {
+    constexpr int64_t kQuanta = kMarsCudaChunk / kMarsQuantum;
+    const int64_t begin = s.chunk * kQuanta;
+    if (s.entry.access == MarsAccess::plain && (begin + kQuanta) * kMarsQuantum <= t.n)
+      return mars_plain_square(s, begin, begin + kQuanta);
+  }
   mars_quanta(s, [&](const MarsPlace& at, auto whole) {
     constexpr bool kWhole = decltype(whole)::value;
     const Raw<T> g_raw = mars_fetch<T, kWhole>(mars_gradient(t), at);
@@ -239,7 +105,7 @@ __device__ inline bool mars_norm(const MarsLaunch& p, MarsItem<T>& s, double* to
     __stcg(parts + s.chunk, sum);
     s.last = mars_arrive(&s.progress->arrived) + 1 == s.entry.chunks;
   }
-  __syncthreads();
+  mars_workers_sync();
   if (!s.last) return false;
   __threadfence();
   double x = 0;
@@ -287,7 +153,7 @@ __device__ inline void mars_count(MarsItem<T>& s) {
   count = __reduce_add_sync(0xffffffffu, count);
   if (threadIdx.x % 32 == 0)
     atomicAdd(reinterpret_cast<unsigned long long*>(&s.progress->agreeing), count);
-  __syncthreads();
+  mars_workers_sync();
   if (threadIdx.x == 0) mars_arrive(&s.progress->counted);
 }
 
@@ -303,17 +169,18 @@ __device__ inline MarsArray mars_master(const MarsItem<T>& s) {
   return {s.entry.tensor.master, split ? DType::bf16 : DType::f32};
 }
 
+// Read for the last time, as all that is written here: L2 keeps the g and h that N has read.
 template <class T, bool kWhole>
 __device__ inline MarsRaw<T> mars_fetch_all(const MarsItem<T>& s, const MarsPlace& at) {
   const MarsTensor& t = s.entry.tensor;
   const bool reads_p = s.section.rule != MarsRule::momentum && s.section.master != MarsMaster::fp32;
   MarsRaw<T> raw;
-  raw.g = mars_fetch<T, kWhole>(mars_gradient(t), at);
-  raw.h = mars_fetch<T, kWhole>(t.h, at);
+  raw.g = mars_fetch<T, kWhole, true>(mars_gradient(t), at);
+  raw.h = mars_fetch<T, kWhole, true>(t.h, at);
   raw.m = mars_fetch<T, kWhole, true>(t.m, at);
   raw.v = mars_fetch<T, kWhole, true>(t.v, at);
   raw.vmax = mars_fetch<T, kWhole, true>(t.vmax, at);
-  raw.p = mars_fetch<T, kWhole>(reads_p ? t.p : MarsArray{}, at);
+  raw.p = mars_fetch<T, kWhole, true>(reads_p ? t.p : MarsArray{}, at);
   raw.master = mars_fetch<T, kWhole, true>(mars_master(s), at);
   return raw;
 }
@@ -391,7 +258,7 @@ __device__ inline void mars_close_parameter(const MarsLaunch& p, const MarsItem<
   }
   if (s.section.master == MarsMaster::fp32)
     mars_store<T, kWhole, true, true>(x, mars_master(s), at);
-  mars_store<T, kWhole, true, false>(x, t.p, at);
+  mars_store<T, kWhole, true, true>(x, t.p, at);
 }
 
 // u: the direction; agreeing: bit k where d g > 0. u becomes what is subtracted from p.
@@ -427,7 +294,7 @@ __device__ inline void mars_update_quantum(const MarsLaunch& p, const MarsItem<T
       agreeing |= uint32_t(d * x.g > 0) << k;
       g[k] = x.g, c[k] = x.c, u[k] = x.m;
     }
-    if (t.h.data && s.section.write_h) mars_store<T, kWhole, true, false>(g, t.h, at);
+    if (t.h.data && s.section.write_h) mars_store<T, kWhole, true, true>(g, t.h, at);
     mars_store<T, kWhole, true, true>(u, t.m, at);
     if (s.section.stateless)
 #pragma unroll
@@ -443,11 +310,47 @@ __device__ inline void mars_update_quantum(const MarsLaunch& p, const MarsItem<T
   mars_close_parameter<T, kWhole>(p, s, x, at);
 }
 
+// The same where all arrays are floats: without a branch.
+template <bool kCorrected, class T>
+__device__ inline void mars_update_plain(const MarsItem<T>& s, const MarsPlace& at) {
+  const MarsTensor& t = s.entry.tensor;
+  const MarsConstants<T>& y = s.y;
+  float g[kMarsLane], h[kMarsLane], m[kMarsLane], v[kMarsLane], x[kMarsLane];
+  mars_load_floats<true>(t.g, at.quantum, g);
+  if constexpr (kCorrected) mars_load_floats<true>(t.h.data, at.quantum, h);
+  mars_load_floats<true>(t.m.data, at.quantum, m);
+  mars_load_floats<true>(t.v.data, at.quantum, v);
+  mars_load_floats<true>(t.p.data, at.quantum, x);
+#pragma unroll
+  for (int k = 0; k < kMarsLane; ++k) {
+    g[k] *= y.g_scale;
+    const float c = kCorrected ? (y.a * g[k] - y.b * h[k]) * y.clip : g[k];
+    m[k] = y.beta1 * m[k] + y.rest1 * c;
+    v[k] = y.beta2 * v[k] + y.rest2 * (c * c);
+    const float u = m[k] / (sqrt(v[k]) * y.rsqrt_bias2 + y.eps);
+    x[k] = x[k] - (y.decay * x[k] + y.step_size * u);
+  }
+  if constexpr (kCorrected) mars_store_floats(g, t.h.data, at.quantum);
+  mars_store_floats(m, t.m.data, at.quantum);
+  mars_store_floats(v, t.v.data, at.quantum);
+  mars_store_floats(x, t.p.data, at.quantum);
+}
+template <class T>
+__device__ inline void mars_update(const MarsLaunch& p, const MarsItem<T>& s) {
+  mars_quanta(s, [&](const MarsPlace& at, auto whole) {
+    if constexpr (sizeof(T) == 4 && decltype(whole)::value)
+      if (s.entry.access == MarsAccess::plain)
+        return s.section.corrected ? mars_update_plain<true>(s, at)
+                                   : mars_update_plain<false>(s, at);
+    mars_update_quantum<T, decltype(whole)::value>(p, s, at);
+  });
+}
+
 // ---- kernels
 template <class T>
 __device__ inline void mars_fill_codes(MarsItem<T>& s) {
-  s.codes[0][threadIdx.x] = mars_decode<false>(threadIdx.x);
-  s.codes[1][threadIdx.x] = mars_decode<true>(threadIdx.x);
+  for (uint32_t code = threadIdx.x; code < 256; code += blockDim.x)
+    s.codes[0][code] = mars_decode<false>(code), s.codes[1][code] = mars_decode<true>(code);
 }
 
 // Once all items are done: by the last CTA.
@@ -457,42 +360,57 @@ __device__ inline void mars_advance(const MarsParameters& p, MarsItem<T>& s) {
   __syncthreads();
   if (!s.last) return;
   mars_with_entries(p, [&](const MarsEntry* entries) {
-    for (int i = threadIdx.x; i < p.launch.tensors; i += kMarsThreads)
+    for (int i = threadIdx.x; i < p.launch.tensors; i += blockDim.x)
       if (float* step = entries[i].step; entries[i].counts_steps)
         *step = *step + 1 < float(kMarsMaxStep) ? *step + 1 : float(kMarsMaxStep);
   });
 }
 
+// Draws the next item and waits for what it depends on; one thread.
 template <class T>
-__global__ void __launch_bounds__(kMarsThreads, sizeof(T) == 4 ? 2 : 1)
+__device__ inline void mars_next(const MarsParameters& p, MarsWork<T>& next) {
+  const uint32_t item = atomicAdd(&mars_counters(p.launch)->ticket, 1);
+  next.phase = MarsPhase::none;
+  if (item >= p.launch.items) return;
+  mars_load(p, item, next);
+  if (next.phase != MarsPhase::norm) mars_await(p.launch, next);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kMarsThreads + 32, sizeof(T) == 4 ? 2 : 1)
     mars_kernel(const __grid_constant__ MarsParameters p) {
+  constexpr int kWords = sizeof(MarsWork<T>) / 4;
+  static_assert(sizeof(MarsWork<T>) % 4 == 0);
   __shared__ alignas(16) unsigned char storage[sizeof(MarsItem<T>)];
+  __shared__ alignas(16) uint32_t coming[kWords];
   MarsItem<T>& s = *reinterpret_cast<MarsItem<T>*>(storage);
+  MarsWork<T>& next = *reinterpret_cast<MarsWork<T>*>(coming);
+  const bool scout = threadIdx.x >= kMarsThreads;
   if (mars_number(p.launch.found_inf, 0) != 0) return;
   mars_fill_codes(s);
+  if (scout) {
+    for (int i = threadIdx.x - kMarsThreads; i < kWords; i += 32) coming[i] = 0;  // padding, too
+    __syncwarp();
+    if (threadIdx.x == kMarsThreads) mars_next(p, next);
+  }
   while (true) {
-    if (threadIdx.x == 0) {
-      const uint32_t item = atomicAdd(&mars_counters(p.launch)->ticket, 1);
-      s.phase = MarsPhase::none;
-      if (item < p.launch.items) {
-        mars_load(p, item, s);
-        if (s.phase != MarsPhase::norm) mars_await(p.launch, s);
-      }
-    }
+    __syncthreads();  // this item is done, the next one is known
+    for (int i = threadIdx.x; i < kWords; i += kMarsThreads + 32)
+      reinterpret_cast<uint32_t*>(storage)[i] = coming[i];
     __syncthreads();
-    double square;
     if (s.phase == MarsPhase::none) break;
-    if (s.phase == MarsPhase::update) {
-      mars_quanta(s, [&](const MarsPlace& at, auto whole) {
-        mars_update_quantum<T, decltype(whole)::value>(p.launch, s, at);
-      });
+    double square;
+    if (scout) {
+      if (threadIdx.x == kMarsThreads) mars_next(p, next);
+      __syncwarp();
+    } else if (s.phase == MarsPhase::update) {
+      mars_update(p.launch, s);
     } else if (s.phase == MarsPhase::count) {
       mars_count(s);
     } else if (mars_norm(p.launch, s, &square) && threadIdx.x == 0) {
       s.progress->square = square;
       mars_arrive(&s.progress->arrived);
     }
-    __syncthreads();
   }
   mars_advance(p, s);
 }
@@ -542,11 +460,11 @@ inline void mars_upload(const void* table, int64_t bytes, char* to, cudaStream_t
 
 // As many CTAs as are resident at once, or items.
 template <class Kernel>
-int mars_grid(Kernel kernel, int items) {
+int mars_grid(Kernel kernel, int threads, int items) {
   int device = 0, sms = 0, resident = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kMarsThreads, 0);
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, 0);
   return std::clamp(items, 1, std::max(1, sms * resident));
 }
 
@@ -563,6 +481,7 @@ void mars_launch(const MarsLaunch& x, const void* table, void* on) {
   else
     std::memcpy(p.table, table, mars_table_bytes(x));
   const auto kernel = x.squares ? mars_squares_kernel<T> : mars_kernel<T>;
-  kernel<<<mars_grid(kernel, x.items), kMarsThreads, 0, stream>>>(p);
+  const int threads = x.squares ? kMarsThreads : kMarsThreads + 32;
+  kernel<<<mars_grid(kernel, threads, x.items), threads, 0, stream>>>(p);
 }
 }  // namespace df::cuda

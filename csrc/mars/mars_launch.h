@@ -4,7 +4,15 @@
 #include "mars/mars.h"
 
 namespace df {
-// A tensor and its place in the work list. Items are chunks of kMarsChunk elements; group j of them
+// Elements of one work item and one partial sum: 8 quanta for each of 7 warps. At the end CTAs wait
+// for each other as long as an item takes.
+constexpr int64_t kMarsCudaChunk = 56 * kMarsQuantum;
+
+// How a tensor's arrays are accessed: all are aligned for vectors of 4 elements (2 in float64); of
+// plain tensors they are also float32, there is none beside p, g, m, v and h, the rule is AdamW.
+enum class MarsAccess : uint8_t { single, vectors, plain };
+
+// A tensor and its place in the work list. Items are chunks of kMarsCudaChunk elements; group j
 // is norm(tensor j), count(tensor j - 1), update(tensor j - lag), each absent where not needed.
 struct MarsEntry {
   MarsTensor tensor;
@@ -14,7 +22,7 @@ struct MarsEntry {
   int32_t chunks;
   bool norm, count;  // has items that give partial sums, that count agreeing elements
   bool counts_steps;
-  bool vectors;  // all arrays are aligned for 4 elements (2 in float64) at once
+  MarsAccess access;
 };
 
 struct MarsInput {  // one number in device memory; no data: a default

@@ -149,6 +149,24 @@ __device__ inline void mars_put(const Raw<T>& raw, void* data, int size, const M
   }
 }
 
+// A lane's elements of a quantum of floats.
+template <bool kOnce>
+__device__ inline void mars_load_floats(const void* data, int64_t quantum, float (&x)[kMarsLane]) {
+  const float4* const p = static_cast<const float4*>(data) + quantum * (kMarsQuantum / 4);
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const float4 y = load_words<kOnce, float4>(p + 32 * j + threadIdx.x % 32);
+    x[4 * j] = y.x, x[4 * j + 1] = y.y, x[4 * j + 2] = y.z, x[4 * j + 3] = y.w;
+  }
+}
+__device__ inline void mars_store_floats(const float (&x)[kMarsLane], void* data, int64_t quantum) {
+  float4* const p = static_cast<float4*>(data) + quantum * (kMarsQuantum / 4);
+#pragma unroll
+  for (int j = 0; j < 2; ++j)
+    store_words<true>(p + 32 * j + threadIdx.x % 32,
+                      make_float4(x[4 * j], x[4 * j + 1], x[4 * j + 2], x[4 * j + 3]));
+}
+
 // ---- conversions
 __device__ inline uint16_t mars_halfword(const Raw<float>& raw, int k) {  // of element k
   return uint16_t(raw.piece[k / 4].word[k % 4 / 2] >> 16 * (k % 2));
