@@ -144,9 +144,10 @@ def test_runs_on_the_current_stream():
 def test_split_and_whole_agree(lengths):
     """auto_cp splits few long sequences; the split is no farther from float64 than 1.1 times."""
     inputs, cu = tokens(lengths, 2, 2)
+    inputs[3] *= 0.01  # or nothing of a state is left where the next segment ends
     exact = chunk_gated_delta_rule(*[x.double() for x in inputs], cu_seqlens=cu)[0]
     split, _ = chunk_gated_delta_rule(*inputs, cu_seqlens=cu)
-    whole, _ = chunk_gated_delta_rule(*inputs, cu_seqlens=cu, batch_invariant=True)
+    whole, _ = chunk_gated_delta_rule(*inputs, cu_seqlens=cu, auto_cp=False)
     assert not torch.equal(split, whole)  # or nothing was split
     assert relative_error(split, exact) <= 1.1 * relative_error(whole, exact)
     assert_close("o", split, exact, 6e-3)

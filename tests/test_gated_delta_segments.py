@@ -47,7 +47,7 @@ def finished(ctas):
 
 def one_pass(tiles):
     """Of CTAs with 128 rows of V and so many chunks, or of twice as many with 64."""
-    wide = 6 * len(tiles) >= 5 * SMS
+    wide = 2 * len(tiles) > SMS
     times = [n and START + n * (WIDE if wide else NARROW) for n in tiles]
     return LAUNCH + finished(t for t in times for _ in range(1 if wide else 2))
 

@@ -226,13 +226,13 @@ void chunk_fwd_launch(const ChunkFwdCuda& p, const typename F::Maps& maps, void*
                         static_cast<cudaStream_t>(stream)>>>(p, maps);
 }
 
-// Two state warpgroups where registers and shared memory allow it and five SMs of six get a CTA:
+// Two state warpgroups where registers and shared memory allow it, unless CTAs of one all fit:
 // else two CTAs share the rows of V, and each makes the tables for itself.
 template <class Arch, class E, int kK, bool kHigh>
 void chunk_fwd_rows(const ChunkFwdCuda& p, const auto& maps, void* stream) {
   if constexpr (kK <= 128 && !(kHigh && kK == 128 && !Arch::kAsync)) {
     using Two = FwdConfig<Arch, E, kK, 2, kHigh>;
-    if ((p.in.shape.V > 64 || p.summary) && 6 * chunk_fwd_blocks<Two>(p) >= 5 * p.sms)
+    if ((p.in.shape.V > 64 || p.summary) && 2 * chunk_fwd_blocks<Two>(p) > p.sms)
       return chunk_fwd_launch<Two>(p, maps, stream);
   }
   chunk_fwd_launch<FwdConfig<Arch, E, kK, 1, kHigh>>(p, maps, stream);

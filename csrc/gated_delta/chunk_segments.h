@@ -48,7 +48,7 @@ struct SegmentChoice {
   // A pass of `working` CTAs of `all`, one an SM. Where SMs would be left without one, a tile is
   // two CTAs (chunk_fwd_rows).
   int64_t pass(int64_t all, int64_t working, int64_t length) const {
-    return 6 * all >= 5 * sms ? ceil_div(working, sms) * (kStart + length * kChunk)
+    return 2 * all > sms ? ceil_div(working, sms) * (kStart + length * kChunk)
                               : ceil_div(2 * working, sms) * (kStart + length * kHalfChunk);
   }
   // Of segments of that many chunks. The first pass has tiles of K besides those of V, nothing to
