@@ -109,12 +109,15 @@ KERNELS = [
     Kernel(r"boundary_bwd_kernel.*(IfLi1E|f16ELi2E)", 3, 168, ("LDGSTS.E.BYPASS.128", "LDS.128")),
     Kernel(r"boundary_bwd_kernel.*(f16ELi1E|Li16E)", 5, 255, ("LDGSTS.E.BYPASS.128", "LDS.128")),
     Kernel(r"boundary_finish_kernel", 1, 40, ("LDG.E", "STG.E")),
+    # five CTAs an SM, K = 256: three
+    Kernel(r"chunk_inverse.*ELi(64|128)E", 4, 96, ("HMMA.1688.F32.TF32", "LDSM.16.M88.4"), stack=8),
+    Kernel(r"chunk_inverse.*ELi256E", 2, 168, ("HMMA.1688.F32.TF32", "LDGSTS.E.BYPASS.128")),
     # one CTA an SM, of 384 threads (two state warpgroups) or of 256
     Kernel(r"chunk_fwd.*Sm80.*f16ELi\d+ELi2E", 6, 168, ("HMMA.16816.F32", "LDGSTS.E.BYPASS.128")),
     Kernel(r"chunk_fwd.*Sm80.*f16ELi\d+ELi1E", 12, 255, ("HMMA.16816.F32", "LDGSTS.E.BYPASS.128")),
     # three sums in registers at once; addresses and counters of a chunk make room for them
-    Kernel(r"chunk_fwd.*Sm80EfLi\d+ELi2E", 2, 168, ("HMMA.1688.F32.TF32", "LDGSTS"), stack=48),
-    Kernel(r"chunk_fwd.*Sm80EfLi\d+ELi1E", 3, 255, ("HMMA.1688.F32.TF32", "LDGSTS"), stack=48),
+    Kernel(r"chunk_fwd.*Sm80EfLi\d+ELi2E", 2, 168, ("HMMA.1688.F32.TF32", "LDGSTS"), stack=96),
+    Kernel(r"chunk_fwd.*Sm80EfLi\d+ELi1E", 3, 255, ("HMMA.1688.F32.TF32", "LDGSTS"), stack=96),
     Kernel(r"chunk_fwd.*Sm90.*ELi\d+ELi2E", 8, 168, ("HGMMA.64x64x16", "UTMALDG.4D"), HOPPER),
     Kernel(r"chunk_fwd.*Sm90.*ELi(64|128)ELi1E", 8, 255, ("HGMMA.64x64x16", "UTMALDG.4D"), HOPPER),
     Kernel(r"chunk_fwd.*Sm90.*ELi256ELi1E", 4, 255, ("HGMMA.64x64x16", "UTMALDG.4D"), HOPPER, 8),

@@ -3,7 +3,7 @@
 // all chunks side by side: the inversion is a long chain of short steps, which four warps alone on
 // an SM, ahead of the state's, cannot hide; and segments, halves of V and the backward share it.
 //
-// CTA = (slot, q/k head), 128 threads, five CTAs an SM. Of each value head of the group:
+// CTA = (slot, q/k head), 128 threads, five CTAs an SM (K > 128: three). Of each value head of the group:
 //   KK^T (again: kept, it would cost a CTA an SM), decays and beta to A (float, shared memory),
 //   blocks of 16 by substitution, joined in pairs by 3xTF32 (chunk_inverse.cuh), rounded in place
 //   and copied out; warp 3 makes the next head's table
@@ -109,7 +109,7 @@ struct InverseCta {
 };
 
 template <class C>
-__global__ void __launch_bounds__(C::kThreads, C::kK <= 128 ? 5 : 4)
+__global__ void __launch_bounds__(C::kThreads, C::kK <= 128 ? 5 : 3)
     chunk_inverse_kernel(const __grid_constant__ ChunkFwdCuda p) {
   extern __shared__ __align__(1024) char shared[];
   constexpr int kTables = C::Keys::kBytes + C::System::kBytes;
