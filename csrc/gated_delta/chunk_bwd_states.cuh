@@ -9,27 +9,26 @@
 // V tile and one that prepares chunks. A state warpgroup holds dS^T (64 x K, float) in registers
 // and has the operand A of all its products there, too, so that the chain never waits for shared
 // memory:
-//   Y = dO^T P;  X = dS^T K^T;  W = (beta o (del o X + Y))^T T';  dS^T += a Q + b K   (64 x C x K)
-// with dO^T loaded transposed. Y, and Q's part of the new state, run behind the products that the
-// chain waits for. The preparing warpgroup, a chunk ahead: requests tiles (TMA by one thread, or
-// cp.async by all), gates and their running sums, norms of q and k, P. Norms go into the factors by
-// tokens, so that tiles hold q and k as given.
+//   X = dS^T K^T;  Y = dO^T P;  W = (del o X + Y)^T T';  dS^T += a Q + b K   (64 x C x K)
+// with dO^T loaded transposed and beta in del and in P. Y, and Q's part of the new state, run
+// behind the products that the chain waits for, and so do the stores of dS and dV, which go through
+// the tile of dO, as whole vectors. The preparing warpgroup, a chunk ahead: requests tiles (TMA by
+// one thread, or cp.async by all), gates and their running sums (from memory a chunk before) and
+// norms of q and k while it multiplies for P. Norms go into the factors by tokens, so that tiles
+// hold q and k as given.
 // Shared memory a stage: q, k, T' (16-bit: two summands), P, dO; K = V = 128: 72 KB, up to 3
 // stages; K = 256, V tile of 64: 96 KB, 1 or 2.
-// Registers: K / 2 for dS^T, K / 4 for its operand, 3 C / 2 for X, Y and dO: at most 168 a thread
-// of 384 (sm_90a: 96 prepare, 200 state), 255 of 256. Bytes a chunk of V columns and C = 64: 2 (2 K
-// + 2 V) C + 4 C^2 in; 2 C V + 2 K V out. FLOPs 2 C V (3 K + 3 C) + 2 C^2 K. Bound by the chain's
-// latency, below 110 chains by it alone.
+// Registers: K / 2 for dS^T, K / 4 for its operand, 5 C / 4 for X, Y and dO: at most 168 a thread
+// of 384 (sm_90a: 88 prepare, 208 state, with fewer ptxas would wait for each wgmma by itself), 255
+// of 256. Bytes a chunk of V columns and C = 64: 2 (2 K + 2 V) C + 4 C^2 in; 2 C V + 2 K V out.
+// FLOPs 2 C V (3 K + 3 C) + 2 C^2 K. Bound by the chain's latency, below 110 chains by it alone.
 #pragma once
 #include "gated_delta/chunk_bwd_states_cta.cuh"
+#include "gated_delta/chunk_squares.cuh"
 #include "gated_delta/chunk_state.cuh"
 
 namespace df::cuda {
 // ---- products' operands and results by columns, which are tokens
-__device__ inline float2 column_pair(const float* x, int n) {
-  return *reinterpret_cast<const float2*>(x + fragment_col(n, 0));
-}
-
 template <class E, int kK>
 __device__ inline void scale_tokens(Fragment<E, kK>& a, const float* factors) {
   if constexpr (sizeof(E) == 2) {
@@ -37,93 +36,95 @@ __device__ inline void scale_tokens(Fragment<E, kK>& a, const float* factors) {
     for (int k = 0; k < kK / 16; ++k)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float2 by = column_pair(factors, 2 * k + i / 2), x = unpack<E>(a.r[k][i]);
+        const float2 by = load_pair(factors + fragment_col(2 * k + i / 2, 0));
+        const float2 x = unpack<E>(a.r[k][i]);
         a.r[k][i] = pack<E>(x.x * by.x, x.y * by.y);
       }
   } else {
 #pragma unroll
     for (int k = 0; k < kK / 8; ++k) {
-      const float2 by = column_pair(factors, k);
+      const float2 by = load_pair(factors + fragment_col(k, 0));
       a.r[k][0] *= by.x, a.r[k][1] *= by.y, a.r[k][2] *= by.x, a.r[k][3] *= by.y;
     }
   }
 }
-template <int kN>
-__device__ inline void scale_tokens(float (&c)[kN][4], const float* factors) {
+
+// Of this lane's columns, loaded before what they scale is there.
+template <int kC>
+struct TokenFactors {
+  float2 n[kC / 8];
+  __device__ explicit TokenFactors(const float* factors) {
 #pragma unroll
-  for (int n = 0; n < kN; ++n) {
-    const float2 by = column_pair(factors, n);
-    c[n][0] *= by.x, c[n][1] *= by.y, c[n][2] *= by.x, c[n][3] *= by.y;
+    for (int i = 0; i < kC / 8; ++i) n[i] = load_pair(factors + fragment_col(i, 0));
   }
+  __device__ float of(int i, int element) const { return element % 2 ? n[i].y : n[i].x; }
+};
+// c scaled, as an operand A
+template <class E, int kC>
+__device__ inline void to_fragment(const float (&c)[kC / 8][4], const TokenFactors<kC>& by,
+                                   Fragment<E, kC>& a) {
+  Accumulator<kC> scaled;
+#pragma unroll
+  for (int n = 0; n < kC / 8; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) scaled[n][i] = c[n][i] * by.of(n, i);
+  to_fragment<E, kC>(scaled, a);
 }
 
-// Lanes t and t + 1 have the columns 2 t to 2 t + 3 of two tiles of 8 columns: afterwards the even
-// lane has four neighbours of the first, the odd lane of the second, 8 bytes each.
-__device__ inline uint2 exchange_pair(uint32_t first, uint32_t second) {
-  const bool odd = threadIdx.x % 2;
-  const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? first : second, 1);
-  return odd ? uint2{other, second} : uint2{first, other};
-}
-__device__ inline int exchanged_col(int thread) {  // of a pair of tiles
-  return thread % 2 * 8 + thread % 4 / 2 * 4;
-}
-// A fragment to 64 rows of `to`, those of its columns that are below `cols`, a multiple of 64.
-template <class E, int kK>
-__device__ inline void store_state_rows(const Fragment<E, kK>& a, E* to, int stride, int cols) {
-  if constexpr (sizeof(E) == 2) {
-    const int thread = thread_anew();
-    E* const first = to + (thread % 128 / 32 * 16 + thread % 32 / 4) * stride;
+// Four matrices of 8 x 8, m to (row + m / 2 * 8, col + m % 2 * 8) of a tile.
+template <class T>
+__device__ inline void store_block(const uint32_t (&x)[4], const T& tile, uint32_t row,
+                                   uint32_t col, uint32_t lane) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                   tile.at(row + lane / 16 * 8 + lane % 8, col + lane / 8 % 2 * 8)),
+               "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+               : "memory");
+#else
 #pragma unroll
-    for (int k = 0; k < kK / 16; ++k) {
-      const uint2 above = exchange_pair(a.r[k][0], a.r[k][2]);
-      const uint2 below = exchange_pair(a.r[k][1], a.r[k][3]);
-      E* const at = first + 16 * k + exchanged_col(thread);
-      if (16 * k >= cols) continue;
-      *reinterpret_cast<uint2*>(at) = above;
-      *reinterpret_cast<uint2*>(at + 8 * stride) = below;
+  for (int m = 0; m < 4; ++m)
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(
+                     tile.at(row + m / 2 * 8 + lane / 4, col + m % 2 * 8 + lane % 4 * 2)),
+                 "r"(x[m])
+                 : "memory");
+#endif
+}
+
+// A fragment to 64 rows of `to`, those of its columns that are below `cols`, a multiple of 64: by
+// 64 columns through a tile of 64 rows. A warp's 16 columns there hold the warp's 16 rows, of which
+// unit u of 8 columns stands in rows 8 u to 8 u + 7, one half of the rows beside the other. So
+// neither blocks nor whole units meet a bank twice.
+template <class T, int kK>
+__device__ inline void store_state_rows(const Fragment<typename T::E, kK>& a, const T& tile,
+                                        typename T::E* to, int stride, int cols) {
+  if constexpr (sizeof(typename T::E) == 2) {
+    const uint32_t thread = thread_anew(), lane = thread % 32, col = thread % 128 / 32 * 16;
+    const uint32_t unit = tile.at(lane, col);  // rows 8 apart are permuted alike
+    typename T::E* const at = to + int(col + lane % 8) * stride + lane / 8 * 8;
+#pragma unroll
+    for (int k = 0; k < kK; k += 64) {
+      if (k >= cols) break;
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < 4; ++i) store_block(a.r[k / 16 + i], tile, 16 * i, col, lane);
+      __syncwarp();
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int u = 0; u < 8; u += 4)
+          __stcg(reinterpret_cast<float4*>(at + 8 * half * stride + k + 8 * u),
+                 load_shared4((unit ^ half * 16) + u * 1024));
     }
   } else {
-    float* const first = to + fragment_row(0) * stride;
+    const uint32_t thread = thread_anew();
+    float* const first = to + (thread % 128 / 32 * 16 + thread % 32 / 4) * stride + thread % 4 * 2;
 #pragma unroll
     for (int k = 0; k < kK / 8; ++k) {
-      float* const at = first + fragment_col(k, 0);
+      float* const at = first + 8 * k;
       if (8 * k >= cols) continue;
       *reinterpret_cast<float2*>(at) = {a.r[k][0], a.r[k][1]};
       *reinterpret_cast<float2*>(at + 8 * stride) = {a.r[k][2], a.r[k][3]};
     }
-  }
-}
-
-// c^T to `rows` rows (c's columns) of `to`, of which cols columns exist.
-template <class E, int kN>
-__device__ inline void store_tokens(const float (&c)[kN][4], E* to, int stride, int rows,
-                                    int cols) {
-  if constexpr (sizeof(E) == 2) {
-    const int thread = thread_anew(), row = thread % 32 / 4;
-    const int col = thread % 128 / 32 * 16 + exchanged_col(thread);
-    int at = row * stride + col;
-#pragma unroll
-    for (int n = 0; n < kN; ++n, at = anew(at + 8 * stride)) {
-      const uint2 four = exchange_pair(transpose8(pack<E>(c[n][0], c[n][1])),
-                                       transpose8(pack<E>(c[n][2], c[n][3])));
-      if (8 * n + row >= rows) continue;
-      if (cols % 4 == 0) {
-        if (col < cols) *reinterpret_cast<uint2*>(to + at) = four;
-      } else {
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-          if (col + e < cols) to[at + e].bits = uint16_t((e < 2 ? four.x : four.y) >> e % 2 * 16);
-      }
-    }
-  } else {
-    const int row = anew(fragment_col(0, 0)), col = fragment_row(0);
-    float* at = to + row * int64_t(stride) + col;
-#pragma unroll
-    for (int n = 0; n < kN; ++n, at += 8 * int64_t(stride))
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (8 * n + row + i % 2 < rows && col + i / 2 * 8 < cols)
-          at[i % 2 * stride + i / 2 * 8] = c[n][i];
   }
 }
 
@@ -146,40 +147,45 @@ __device__ inline StatesSummary summary_of(const C& c, int v0) {
   return s;
 }
 
-// beta o dU^T = beta o (del o (dS^T K^T) + dO^T P) of one V tile, as an operand A; leaves dS
-// behind.
+// beta o dU^T = del o (dS^T K^T) + dO^T P of one V tile, beta in del and P, as an operand A; leaves
+// dS behind, and has it decayed.
 template <class M, class C>
 __device__ inline void output_gradients(const C& c, int stage, int group, int chunk,
                                         float (&dS)[C::kK / 8][4],
+                                        Fragment<typename C::E, C::kC>& dO,
                                         Fragment<typename C::E, C::kC>& dU) {
   using E = typename C::E;
   constexpr int kC = C::kC;
-  constexpr int kSlice = C::kK > 128 ? 64 : C::kK;        // all of K at once if there are registers
-  constexpr bool kBeside = M::kAsync && kSlice == C::kK;  // dO^T P beside the other product
+  // with registers for it all of K at once, and dO^T P behind the other product
+  constexpr bool kBeside = M::kAsync && C::kK <= 128;
+  constexpr int kSlice = C::kK > 128 ? 64 : C::kK;
   const auto tiles = c.stage(stage);
   const auto& f = c.factors(stage);
-  const int Kp = (int(c.p.in.shape.K) + 63) & ~63;
-  E* const to = c.kept(c.p.dstates, chunk) + (c.walk().v0 + 64 * group) * Kp;
   Accumulator<kC> X, Y;
-  Fragment<E, kC> dO;
   clear<kC>(X), clear<kC>(Y);
-  if (kBeside) load_fragment<kC>(dO, tiles.d_o(group).along_mn());
 #pragma unroll
   for (int k = 0; k < C::kK; k += kSlice) {
     Fragment<E, kSlice> part;
     to_fragment(reinterpret_cast<float(&)[kSlice / 8][4]>(dS[k / 8]), part);
-    if constexpr (kBeside) {
-      M::begin(X, Y, dO, part);
-      M::template mma<kC, kC>(Y, dO, tiles.P.along_mn());
-    } else {
-      M::begin(X, part);
-    }
+    M::begin(X, Y, dO, part);
     M::template mma<kC, kSlice>(X, part, tiles.k.along_k().from(0, k));
     M::commit();
-    if (!c.p.summary) store_state_rows(part, to + k, Kp, Kp - k);
-    M::template wait<0>(X, part);
+    if constexpr (kBeside) {
+      M::template mma<kC, kC>(Y, dO, tiles.P.along_mn());
+      M::commit();
+    }
+    if (!c.p.summary) {
+      const int Kp = c.walk().padded_k;
+      E* const to = c.kept(c.p.dstates, chunk) + (c.walk().v0 + 64 * group) * Kp + k;
+      store_state_rows(part, tiles.d_o(group), to, Kp, Kp - k);
+    }
+    M::template wait<kBeside ? 1 : 0>(X, part);
   }
-  scale_tokens(X, f.k);
+  const TokenFactors<kC> by(f.k);
+#pragma unroll
+  for (int n = 0; n < kC / 8; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) X[n][i] *= by.of(n, i);
   if constexpr (kBeside) {
     M::template wait<0>(Y, dO);
 #pragma unroll
@@ -187,13 +193,12 @@ __device__ inline void output_gradients(const C& c, int stage, int group, int ch
 #pragma unroll
       for (int i = 0; i < 4; ++i) X[n][i] += Y[n][i];
   } else {
-    load_fragment<kC>(dO, tiles.d_o(group).along_mn());
+    if constexpr (sizeof(E) == 4) load_fragment<kC>(dO, tiles.d_o(group).along_mn());
     M::begin(X, dO);
     M::template mma<kC, kC>(X, dO, tiles.P.along_mn());
     M::commit();
     M::template wait<0>(X, dO);
   }
-  scale_tokens(X, f.beta);
   to_fragment(X, dU);
 }
 
@@ -213,15 +218,18 @@ __device__ inline void add_product(float (&dS)[kN][4], const Fragment<E, kC>& a,
 }
 
 // One chunk of one V tile: dS of the state that leaves becomes that of the state that entered.
+// Once dO is in registers its tile is room for what each warp stores: of 16 columns, which no other
+// warp has read.
 template <class M, class C>
 __device__ inline void step_back(const C& c, int stage, int group, int chunk,
                                  float (&dS)[C::kK / 8][4]) {
   using E = typename C::E;
   constexpr int kC = C::kC, kK = C::kK;
-  Fragment<E, kC> a, b;
-  output_gradients<M>(c, stage, group, chunk, dS, a);
   const auto tiles = c.stage(stage);
   const auto& f = c.factors(stage);
+  Fragment<E, kC> a, dO;
+  if constexpr (sizeof(E) == 2) load_fragment<kC>(dO, tiles.d_o(group).along_mn());
+  output_gradients<M>(c, stage, group, chunk, dS, dO, a);
   Accumulator<kC> dW;
   clear<kC>(dW);
   M::begin(dW, a);
@@ -230,55 +238,74 @@ __device__ inline void step_back(const C& c, int stage, int group, int chunk,
     M::template mma<kC, kC>(dW, a, tiles.inverse[part].along_mn());
   M::commit();
 
-  load_fragment<kC>(b, tiles.d_o(group).along_mn());
-  scale_tokens(b, f.q);
+  scale_tokens(dO, f.q);
 #pragma unroll
   for (int n = 0; n < kK / 8; ++n)
 #pragma unroll
     for (int i = 0; i < 4; ++i) dS[n][i] *= f.decay;
-  M::begin(dS, b);
-  add_product<M>(dS, b, tiles.q.along_mn());
+  M::begin(dS, dO);
+  add_product<M>(dS, dO, tiles.q.along_mn());
   M::commit();
+  const TokenFactors<kC> by_w(f.w);
   M::template wait<1>(dW, a);
 
-  const ChunkShape& s = c.p.in.shape;
-  const int v0 = c.walk().v0 + 64 * group;
-  E* const to = static_cast<E*>(c.p.dv) +
-                ((c.walk().sequence.batch * s.T + c.first(chunk)) * s.HV + c.walk().head) * s.V +
-                v0;
-  if (!c.p.summary) store_tokens(dW, to, int(s.HV * s.V), c.rows(chunk), int(s.V) - v0);
-  scale_tokens(dW, f.w);
-  to_fragment(dW, a);
+  to_fragment(dW, by_w, a);
   M::begin(a);
   add_product<M>(dS, a, tiles.k.along_mn());
   M::commit();
-  M::template wait<0>(dS, a, b);
+  if (!c.p.summary) {
+    __syncwarp();
+    store_transposed<kC>(dW, tiles.d_o(group), 0);
+    __syncwarp();
+    M::stores_visible();
+    const ChunkShape& s = c.p.in.shape;
+    const int v0 = c.walk().v0 + 64 * group;
+    const int64_t token = c.walk().sequence.batch * s.T + c.first(chunk);
+    store_output(tiles.d_o(group), 0,
+                 static_cast<E*>(c.p.dv) + (token * s.HV + c.walk().head) * s.V + v0, s.HV * s.V,
+                 c.rows(chunk), int(s.V) - v0, s.V % (16 / int(sizeof(E))) == 0);
+  }
+  M::template wait<0>(dS, a, dO);
 }
 
-// P = sc Gam o P, norms included, for lanes that have rows `row` and row + 8. Selected, since above
-// the diagonal decays may be infinite.
+// P = sc Gam o P diag(beta), norms included, by warps that have rows of it.
 template <int kC>
-__device__ inline void lower_attention(const TokenTable<kC>& t, int row, float scale,
+__device__ inline void lower_attention(const TokenTable<kC>& t, float scale,
                                        float (&P)[kC / 8][4]) {
-  const float2 G[2] = {t.G[row], t.G[row + 8]};
-  const float by[2] = {scale * t.rq[row], scale * t.rq[row + 8]};
+  const LaneRows<kC> rows(t, threadIdx.x % 128 / 32 * 16);
+  const float by[2] = {scale * rows.rq[0], scale * rows.rq[1]};
 #pragma unroll
-  for (int n = 0; n < kC / 8; ++n)
+  for (int n = 0; n < kC / 8; ++n) {
+    float d[4];
+    lower_decays(t, rows, n, d);
+    const float2 rk = load_pair(t.rk + 8 * n + rows.col),
+                 beta = load_pair(t.beta + 8 * n + rows.col);
+    const float column[2] = {rk.x * beta.x, rk.y * beta.y};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int col = fragment_col(n, i);
-      const float2 from = t.G[col], to = G[i / 2];
-      const float decay = exp2_fast((to.x - from.x) + (to.y - from.y));
-      P[n][i] = row + i / 2 * 8 < col ? 0 : P[n][i] * decay * (by[i / 2] * t.rk[col]);
-    }
+    for (int i = 0; i < 4; ++i) P[n][i] *= d[i] * (by[i / 2] * column[i % 2]);
+  }
 }
 
-// P = sc Gam o (Q K^T) and the factors of a chunk, by the 128 threads of the last warpgroup.
+// The tokens of a chunk, by the first of the warps that prepare: requested a chunk ahead.
+template <class C>
+struct StatesTokens {
+  LaneTokens<C::kC> lane{};
+  __device__ void request(const C& c, int chunk) {
+    fetch_tokens(c.p.in, c.walk().sequence.batch, c.first(chunk), chunk < 0 ? 0 : c.rows(chunk),
+                 c.walk().head, lane);
+  }
+  __device__ void make(const C& c, int chunk) const {
+    make_tokens(c.p.in, lane, c.rows(chunk), c.walk().head, c.tokens());
+  }
+};
+
+// P and the factors of a chunk, by the 128 threads of the last warpgroup.
 template <class M, class C>
-__device__ inline void prepare(const C& c, int stage, int chunk, int thread) {
+__device__ inline void prepare(const C& c, int stage, int chunk, StatesTokens<C>& tokens) {
   constexpr int kC = C::kC;
-  const auto tiles = c.stage(stage);
+  const uint32_t thread = uint32_t(thread_anew()) % 128;
   const int rows = c.rows(chunk);
+  const auto tiles = c.stage(stage);
   const ChunkCuda& in = c.p.in;
   auto& t = c.tokens();
   if (M::kAsync && rows < kC) {
@@ -286,7 +313,8 @@ __device__ inline void prepare(const C& c, int stage, int chunk, int thread) {
     for (int group = 0; group < c.groups; ++group) clear_rows<128>(tiles.d_o(group), rows, thread);
     M::stores_visible();
   }
-  named_barrier_sync(1, 128);  // tokens, zeros, and where every thread copied: all tiles
+  // zeros, where every thread copied all tiles, and nobody reads the last chunk's table any more
+  named_barrier_sync(1, 128);
   Accumulator<kC> P;
   clear<kC>(P);
   if (thread / 32 * 16 < kC) {
@@ -294,21 +322,38 @@ __device__ inline void prepare(const C& c, int stage, int chunk, int thread) {
     M::template mma<kC, C::kK>(P, tiles.q.along_k(), tiles.k.along_k());
     M::commit();
   }
-  row_norms<128>(tiles.q, in.l2norm, thread, t.rq);
-  row_norms<128>(tiles.k, in.l2norm, thread, t.rk);
+  if (thread < 32) {
+    tokens.make(c, chunk);
+    tokens.request(c, chunk - 1);
+  }
+  if (in.l2norm) {
+    row_norms<128>(tiles.q, true, thread, t.rq);
+    row_norms<128>(tiles.k, true, thread, t.rk);
+  }
   M::template wait<0>(P);
   named_barrier_sync(1, 128);
   if (thread < kC) {
     auto& f = c.factors(stage);
     f.q[thread] = in.scale * t.gam[thread] * t.rq[thread];
-    f.k[thread] = t.del[thread] * t.rk[thread];
+    f.k[thread] = t.beta[thread] * t.del[thread] * t.rk[thread];
     f.w[thread] = -t.gam[thread] * t.rk[thread];
-    f.beta[thread] = t.beta[thread];
     if (thread == 0) f.decay = t.chunk_decay;
   }
-  const int row = fragment_row(0);
-  if (row < kC) lower_attention<kC>(t, row, in.scale, P);
-  if (thread / 32 * 16 < kC) store_tile<kC>(P, tiles.P);
+  if (thread / 32 * 16 < kC) {
+    lower_attention<kC>(t, in.scale, P);
+    if constexpr (sizeof(typename C::E) == 2) {
+      Fragment<typename C::E, kC> rows_of_P;
+      to_fragment(P, rows_of_P);
+      const uint32_t row = thread / 32 * 16;
+#pragma unroll
+      for (int k = 0; k < kC / 16; ++k) {
+        const auto& x = rows_of_P.r[k];
+        store_block({x[0], x[2], x[1], x[3]}, tiles.P, row, 16 * k, thread % 32);
+      }
+    } else {
+      store_tile<kC>(P, tiles.P);
+    }
+  }
   M::stores_visible();
 }
 
@@ -333,21 +378,22 @@ template <class M, class C>
 __device__ inline void prepare_all(const C& c, const StatesMaps<M::kAsync>& maps, bool vectors) {
   const int ahead = c.stages > 2 ? 1 : 0;
   StatesRing ring{c.stages}, requested{c.stages};
+  StatesTokens<C> tokens;
+  if (threadIdx.x % 128 < 32) tokens.request(c, c.walk().chunks - 1);
+  if (!c.p.in.l2norm) {  // all ones, for all chunks
+    row_norms<128>(c.stage(0).q, false, threadIdx.x % 128, c.tokens().rq);
+    row_norms<128>(c.stage(0).k, false, threadIdx.x % 128, c.tokens().rk);
+  }
 #pragma unroll 1
   for (int step = -ahead; step < c.walk().chunks; ++step) {
-    const int thread = thread_anew() % 128;
-    request<M>(c, maps, vectors, step + ahead, requested.stage, requested.phase, thread);
+    request<M>(c, maps, vectors, step + ahead, requested.stage, requested.phase,
+               thread_anew() % 128);
     requested.next();
     if (step < 0) continue;
-    const int chunk = c.walk().chunks - 1 - step;
-    if (thread < 32)
-      load_tokens(c.p.in, c.walk().sequence.batch, c.first(chunk), c.rows(chunk), c.walk().head,
-                  c.tokens());
     mbarrier_wait(c.loaded(ring.stage), ring.phase);
-    prepare<M>(c, ring.stage, chunk, thread);
+    prepare<M>(c, ring.stage, c.walk().chunks - 1 - step, tokens);
     __syncwarp();
-    if (thread % 32 == 0) mbarrier_arrive(c.ready(ring.stage));
-    named_barrier_sync(1, 128);  // before the table is written again
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(c.ready(ring.stage));
     ring.next();
   }
 }
@@ -430,11 +476,11 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const int group = threadIdx.x / 128;
 #if __CUDA_ARCH__ >= 900
   if constexpr (M::kAsync && C::kMaxGroups == 2) {
-    static_assert(registers_fit(3, 96 + 2 * 200));
+    static_assert(registers_fit(3, 88 + 2 * 208));
     if (group == groups)
-      registers_down<96>();
+      registers_down<88>();
     else
-      registers_up<200>();
+      registers_up<208>();
   }
 #endif
   if (group == groups)

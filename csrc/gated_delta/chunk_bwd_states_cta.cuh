@@ -11,9 +11,8 @@ namespace df::cuda {
 template <int kC>
 struct alignas(16) StatesFactors {
   float q[kC];  // sc gam r_q
-  float k[kC];  // del r_k
+  float k[kC];  // beta del r_k
   float w[kC];  // -gam r_k
-  float beta[kC];
   float decay;  // e^{G_C}
 };
 
