@@ -257,33 +257,15 @@ __device__ inline void step_back(const C& c, int stage, int group, int chunk,
     __syncwarp();
     store_transposed<kC>(dW, tiles.d_o(group), 0);
     __syncwarp();
-    M::stores_visible();
     const ChunkShape& s = c.p.in.shape;
     const int v0 = c.walk().v0 + 64 * group;
     const int64_t token = c.walk().sequence.batch * s.T + c.first(chunk);
     store_output(tiles.d_o(group), 0,
                  static_cast<E*>(c.p.dv) + (token * s.HV + c.walk().head) * s.V + v0, s.HV * s.V,
-                 c.rows(chunk), int(s.V) - v0, s.V % (16 / int(sizeof(E))) == 0);
+                 c.rows(chunk), int(s.V) - v0, s.V % (16 / int(sizeof(E))) == 0,
+                 [] { M::stores_visible(); });
   }
   M::template wait<0>(dS, a, dO);
-}
-
-// P = sc Gam o P diag(beta), norms included, by warps that have rows of it.
-template <int kC>
-__device__ inline void lower_attention(const TokenTable<kC>& t, float scale,
-                                       float (&P)[kC / 8][4]) {
-  const LaneRows<kC> rows(t, threadIdx.x % 128 / 32 * 16);
-  const float by[2] = {scale * rows.rq[0], scale * rows.rq[1]};
-#pragma unroll
-  for (int n = 0; n < kC / 8; ++n) {
-    float d[4];
-    lower_decays(t, rows, n, d);
-    const float2 rk = load_pair(t.rk + 8 * n + rows.col),
-                 beta = load_pair(t.beta + 8 * n + rows.col);
-    const float column[2] = {rk.x * beta.x, rk.y * beta.y};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) P[n][i] *= d[i] * (by[i / 2] * column[i % 2]);
-  }
 }
 
 // The tokens of a chunk, by the first of the warps that prepare: requested a chunk ahead.
@@ -340,7 +322,8 @@ __device__ inline void prepare(const C& c, int stage, int chunk, StatesTokens<C>
     if (thread == 0) f.decay = t.chunk_decay;
   }
   if (thread / 32 * 16 < kC) {
-    lower_attention<kC>(t, in.scale, P);
+    // sc Gam o P diag(beta), norms included
+    LaneDecays<kC>(t, thread / 32).template apply<false>(in.scale, t.rq, t.beta, P);
     if constexpr (sizeof(typename C::E) == 2) {
       Fragment<typename C::E, kC> rows_of_P;
       to_fragment(P, rows_of_P);
