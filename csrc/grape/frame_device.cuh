@@ -61,21 +61,39 @@ __device__ inline void store_slice(void* data, int64_t row, int D, int lane,
 }
 
 // Columns 2 first to 2 (first + planes) of the head's W as sW[column][staged channel]; planes
-// beyond r are zero.
+// beyond r are zero. A warp loads sectors of several channels: its stores to different columns,
+// which are on one bank, are few, and several loads of a thread are on their way.
+template <class C, class Element>
+__device__ inline void stage_columns(const Element* W, int D, int r, int first, int planes,
+                                     float* sW) {
+  constexpr int kAcross = 32 / int(sizeof(Element)), kRows = C::kThreads / kAcross;
+  constexpr int kBatch = 4;
+  static_assert(C::kTile % (kRows * kBatch) == 0 || C::kTile / kRows < kBatch);
+  constexpr int kCount = C::kTile / kRows < kBatch ? C::kTile / kRows : kBatch;
+#pragma unroll 1  // registers
+  for (int c = threadIdx.x % kAcross; c < 2 * planes; c += kAcross)
+#pragma unroll 1
+    for (int d = threadIdx.x / kAcross; d < C::kTile; d += kCount * kRows) {
+      Element w[kCount];
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const int row = d + i * kRows, column = 2 * first + c;
+        const bool inside = row < D && column < 2 * r;
+        w[i] = inside ? W[row * 2 * r + column] : Element(0);
+      }
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) sW[c * C::kTile + C::staged(d + i * kRows)] = float(w[i]);
+    }
+}
 template <class C>
 __device__ inline void stage_frame(const FrameCuda& p, int h, int first, int planes, float* sW,
                                    double* sTheta) {
-  const int D = int(p.args.D), r = int(p.args.r), columns = 2 * planes;
-  for (int i = threadIdx.x; i < C::kTile * columns; i += C::kThreads) {
-    const int d = i / columns, c = i % columns, column = 2 * first + c;
-    float w = 0;
-    if (d < D && column < 2 * r) {
-      const int64_t at = (int64_t(h) * D + d) * 2 * r + column;
-      w = p.W_double ? float(static_cast<const double*>(p.W)[at])
-                     : static_cast<const float*>(p.W)[at];
-    }
-    sW[c * C::kTile + C::staged(d)] = w;
-  }
+  const int D = int(p.args.D), r = int(p.args.r);
+  const int64_t head = int64_t(h) * D * 2 * r;
+  if (p.W_double)
+    stage_columns<C>(static_cast<const double*>(p.W) + head, D, r, first, planes, sW);
+  else
+    stage_columns<C>(static_cast<const float*>(p.W) + head, D, r, first, planes, sW);
   for (int k = threadIdx.x; k < planes; k += C::kThreads)
     sTheta[k] = first + k < r ? p.args.theta[int64_t(h) * r + first + k] : 0;
 }
@@ -179,6 +197,16 @@ __device__ inline void scatter_sums(float (&v)[kTokens][kValues], int lane) {
 template <int kLanes, int kTokens>
 __device__ inline float from_token(float x, int i) {
   return __shfl_sync(0xffffffffu, x, i * (kLanes / kTokens), kLanes);
+}
+
+// Spans of equal steps, as many as are resident at once (ctas_of_sm on each of 132 SMs): W is
+// staged once a span. At most `most` steps each, so that many steps are several waves.
+inline void spread_steps(FrameCuda& p, int tokens_a_step, int ctas_of_sm, int64_t most) {
+  const int64_t tokens = p.args.B * p.args.T, ctas = ctas_of_sm * 132;
+  const int64_t steps = (tokens + tokens_a_step - 1) / tokens_a_step;
+  const int64_t each = (steps * p.args.H + ctas - 1) / ctas, here = each < most ? each : most;
+  p.span = here * tokens_a_step;
+  p.splits = (steps + here - 1) / here;
 }
 
 // fn(FrameConfig) for the width and alignment of the rows.

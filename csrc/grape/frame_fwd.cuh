@@ -2,8 +2,8 @@
 //   y = x + W (Rc(t theta) - I) W^T x;  a plane: c = (w0.x, w1.x), turned by f = t theta
 //   y += w0 (c0 (cos f - 1) + c1 sin f) + w1 (c1 (cos f - 1) - c0 sin f)
 //
-// CTA: 128 threads, one head, a span of tokens (host: as few as fill the SMs with 8 CTAs, at most
-// 16 steps). A group of 8, 16 or 32 lanes (D <= 64, 128, 256) has 4 tokens at a time, 8 channels of
+// CTA: 128 threads, one head, a span of tokens (as long as fills the SMs with 4 CTAs, at most 16
+// steps). A group of 8, 16 or 32 lanes (D <= 64, 128, 256) has 4 tokens at a time, 8 channels of
 // each a lane, x and y in registers: one step of the CTA is 64, 32 or 16 tokens.
 // For each plane, read once for 4 tokens: 8 partial sums a lane are summed by halving the tokens
 // a lane has (10 shuffles with 16 lanes, not 32), so that a quarter of the group ends with c of one
@@ -89,12 +89,7 @@ void frame_fwd_launch(const FrameCuda& p, void* stream) {
   with_frame_config<E>(p, [&](auto config) {
     using C = decltype(config);
     FrameCuda call = p;
-    const int64_t N = p.args.B * p.args.T, step = C::kGroups * 4, steps = (N + step - 1) / step;
-    constexpr int64_t kCtas = 8 * 132;
-    int64_t each = steps * p.args.H / kCtas;
-    each = each < 1 ? 1 : each > 16 ? 16 : each;
-    call.span = each * step;
-    call.splits = (steps + each - 1) / each;
+    spread_steps(call, C::kGroups * 4, 4, 16);
     const int64_t planes = p.args.r < kChunkPlanes<C> ? p.args.r : kChunkPlanes<C>;
     const size_t bytes = planes * (2 * C::kTile * sizeof(float) + sizeof(double));
     frame_fwd_kernel<C>

@@ -11,8 +11,9 @@
 // two of them are an A of Y's product as they are. There are no shuffles and no shared memory for
 // rows. Shared memory: fragments of W for both products, lane by lane, high and low part in 128
 // bits: 128 kBlocks (32 bytes D) a plane: 16 KB for 8 planes of 128 channels, 128 KB for 64.
-// Registers: 8 kBlocks of x, 16 kBlocks of y; at most 128 for D <= 64. D = 128 has 96 of these and
-// takes 216 (backward, with 8 kBlocks more: 255): 8 warps an SM have 32 KB of rows on their way.
+// Registers: 8 kBlocks of x, as many of the next step's x (backward: of g), 16 kBlocks of y; at
+// most 168 for D <= 64, 3 CTAs an SM. D = 128 takes 244 (backward 255): of 8 warps an SM 32 KB of
+// rows are on their way while the step before is computed.
 // Bytes: 4 D a token and head; backward 6 D + 16 r + 4. FLOPs: 20 r D on tensor cores, about 60
 // instructions an angle. Bound by memory up to r = 16 (D = 128), then by the tensor cores.
 #pragma once
@@ -59,16 +60,14 @@ struct FrameMma {  // 32 kBlocks channels; planes in chunks of 8, the K of an mm
 // Fragments (high b0, high b1, low b0, low b1) of the head's W.
 //   first:  [chunk][tile of 8 columns][step][lane], K is channels
 //   second: [chunk][tile of 8 channels][lane], K is columns
-template <class C>
-__device__ inline void stage_fragments(const FrameCuda& p, int h, int chunks, uint4* sFirst,
-                                       uint4* sSecond) {
-  const int D = int(p.args.D), columns = 2 * int(p.args.r);
+// The loads of several fragments are on their way at once.
+template <class C, class Element>
+__device__ inline void stage_fragments(const Element* W, int D, int columns, int chunks,
+                                       uint4* sFirst, uint4* sSecond) {
   const auto w = [&](int d, int column) -> float {
-    if (d >= D || column >= columns) return 0;
-    const int64_t at = (int64_t(h) * D + d) * columns + column;
-    return p.W_double ? float(static_cast<const double*>(p.W)[at])
-                      : static_cast<const float*>(p.W)[at];
+    return d < D && column < columns ? float(W[d * columns + column]) : 0.f;
   };
+#pragma unroll 4
   for (int i = threadIdx.x; i < chunks * C::kFirst * 32; i += C::kThreads) {
     const int c = i % 4, g = i / 4 % 8, step = i / 32 % (2 * C::kBlocks);
     const int column = i / (64 * C::kBlocks) * 8 + g, d = 16 * (step & ~1) + 8 * c + step % 2 * 4;
@@ -77,6 +76,7 @@ __device__ inline void stage_fragments(const FrameCuda& p, int h, int chunks, ui
     split<typename C::E>(w(d + 2, column), w(d + 3, column), f.y, f.w);
     sFirst[i] = f;
   }
+#pragma unroll 4
   for (int i = threadIdx.x; i < chunks * C::kSecond * 32; i += C::kThreads) {
     const int c = i % 4, g = i / 4 % 8, tile = i / 32 % C::kSecond;
     const int column = i / (32 * C::kSecond) * 16 + 2 * c;
@@ -137,7 +137,10 @@ __device__ inline void add_step(float (&point)[4], const uint32_t (&x)[2][C::kBl
 }
 
 template <class C, bool kBackward>
-__global__ void __launch_bounds__(C::kThreads, C::kBlocks > 2 || kBackward ? 2 : 4)
+constexpr int kFrameMmaCtas = C::kBlocks > 2 || kBackward ? 2 : 3;  // of an SM
+
+template <class C, bool kBackward>
+__global__ void __launch_bounds__(C::kThreads, kFrameMmaCtas<C, kBackward>)
     frame_mma_kernel(const __grid_constant__ FrameCuda p) {
   using E = typename C::E;
   const int r = int(p.args.r), H = int(p.args.H), h = int(blockIdx.x % H);
@@ -148,17 +151,39 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks > 2 || kBackward ? 2 :
   extern __shared__ uint4 sFirst[];
   uint4* const sSecond = sFirst + chunks * C::kFirst * 32;
   double* const sTheta = reinterpret_cast<double*>(sSecond + chunks * C::kSecond * 32);
-  stage_fragments<C>(p, h, chunks, sFirst, sSecond);
+  const int D = int(p.args.D);
+  const int64_t head = int64_t(h) * D * 2 * r;
+  if (p.W_double)
+    stage_fragments<C>(static_cast<const double*>(p.W) + head, D, 2 * r, chunks, sFirst, sSecond);
+  else
+    stage_fragments<C>(static_cast<const float*>(p.W) + head, D, 2 * r, chunks, sFirst, sSecond);
   for (int k = threadIdx.x; k < chunks * C::kPlanes; k += C::kThreads)
     sTheta[k] = k < r ? p.args.theta[int64_t(h) * r + k] : 0;
   __syncthreads();
 
-  for (int64_t step = first + threadIdx.x / 32 * 16; step < last; step += C::kTokens) {
+  // backward: `turned` is the upstream gradient, and x is there for the sums; forward: x is where
+  // the next step's rows arrive
+  uint32_t turned[2][C::kBlocks][4], x[2][C::kBlocks][4];
+  const auto load_x = [&](int64_t step) {
     const int64_t n[2] = {step + g, step + g + 8};
-    // backward: `turned` is the upstream gradient, and x is there for the sums
-    uint32_t turned[2][C::kBlocks][4], x[2][C::kBlocks][4];
-    load_rows<C>(p, kBackward ? p.args.g : p.args.x, n, last, h, c, turned);
-    if constexpr (kBackward) load_rows<C>(p, p.args.x, n, last, h, c, x);
+    load_rows<C>(p, p.args.x, n, last, h, c, x);
+  };
+  const int64_t begin = first + threadIdx.x / 32 * 16;
+  if constexpr (!kBackward) load_x(begin);
+  for (int64_t step = begin; step < last; step += C::kTokens) {
+    const int64_t n[2] = {step + g, step + g + 8};
+    if constexpr (kBackward) {
+      load_rows<C>(p, p.args.g, n, last, h, c, turned);
+      load_x(step);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int j = 0; j < C::kBlocks; ++j)
+#pragma unroll
+          for (int q = 0; q < 4; ++q) turned[i][j][q] = x[i][j][q];
+      load_x(step + C::kTokens);
+    }
     double t[2];
     float dt[2] = {}, y[C::kBlocks][4][4];
 #pragma unroll
@@ -224,13 +249,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks > 2 || kBackward ? 2 :
 template <class C, bool kBackward>
 void frame_mma_kernel_launch(const FrameCuda& p, void* stream) {
   FrameCuda call = p;
-  const int64_t N = p.args.B * p.args.T, chunks = (p.args.r + C::kPlanes - 1) / C::kPlanes;
-  const int64_t steps = (N + C::kTokens - 1) / C::kTokens;
-  constexpr int64_t kCtas = 4 * 132;
-  int64_t each = steps * p.args.H / kCtas;
-  each = each < 1 ? 1 : each > 32 ? 32 : each;
-  call.span = each * C::kTokens;
-  call.splits = (steps + each - 1) / each;
+  const int64_t chunks = (p.args.r + C::kPlanes - 1) / C::kPlanes;
+  spread_steps(call, C::kTokens, kFrameMmaCtas<C, kBackward>, 32);
   const int bytes = int(chunks) * (C::kChunkBytes + C::kPlanes * int(sizeof(double)));
   if (bytes > 48 << 10)
     cudaFuncSetAttribute(frame_mma_kernel<C, kBackward>,

@@ -5,13 +5,14 @@
 // threads. Prologue: the angle of each (token, angle head, plane) once, a 64-bit product that wraps
 // modulo whole turns and a polynomial, into shared memory. Sweep: a thread keeps its place in a row
 // and takes (token, head) after (token, head); it holds 16 bytes of x0 and of x1 (half layout) or
-// 16 bytes of pairs (interleaved), two or four rows at once, so that four independent 128-bit loads
-// are in flight. Every element is read and written once, by the same thread: in place is safe.
+// 16 bytes of pairs (interleaved), two or four rows at once: four independent 128-bit loads are in
+// flight, of float in half layout eight. Every element is read and written once, by the same
+// thread: in place is safe.
 // Rows that are no whole 16-byte pieces take the variant with kVec = 1, a plane a thread.
 //
 // Shared memory: 8 bytes (16 where q and k have tables of their own) a token, angle head and plane,
 // at most 32 KB: 512 bytes a token for D = 128. Reads are free of bank conflicts.
-// Registers: at most 100, no spills; two CTAs an SM have 32 KB of loads in flight.
+// Registers: at most 102, no spills; two CTAs an SM have 32 KB of loads in flight, or 64.
 // Bytes: 2 e D a token and head out of place, 2 e 2P in place, frequencies from the L2 cache.
 // FLOPs: 6 P a token and head, some 60 integer operations an angle. Bound by memory.
 #pragma once
@@ -26,7 +27,8 @@ struct RotaryConfig {
   static constexpr int kVec = kVec_;                           // elements an access
   static constexpr bool kInterleaved = kInterleaved_;          // pairs within an access
   static constexpr int kRun = kInterleaved ? kVec / 2 : kVec;  // planes of a thread
-  static constexpr int kUnroll = kInterleaved ? 4 : 2;         // rows in flight
+  // rows in flight: 128 bytes a thread of float, else what registers have room for
+  static constexpr int kUnroll = kInterleaved || sizeof(E) == 4 ? 4 : 2;
 };
 
 // One thread's elements of a row; kVec = 1 knows the layout at run time only.
