@@ -73,7 +73,7 @@ def packed_inputs(shape, device):
 
 
 def rivals(train):
-    """{name: bind} of the packages that are installed; bind(inputs, cu_seqlens) -> () -> o."""
+    """{name and version: bind} of installed packages; bind(inputs, cu_seqlens) -> () -> o."""
     found = {}
     for name, (module, trains) in RIVALS.items():
         if train and not trains:
@@ -82,7 +82,9 @@ def rivals(train):
             function = importlib.import_module(module).chunk_gated_delta_rule
         except ImportError:
             continue
-        found[name] = linear_decay(function) if name == "flashinfer" else logarithmic(function)
+        version = importlib.import_module(module.split(".")[0]).__version__
+        bind = linear_decay if name == "flashinfer" else logarithmic
+        found[f"{name} {version}"] = bind(function)
     return found
 
 
