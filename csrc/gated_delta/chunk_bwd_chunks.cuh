@@ -26,32 +26,24 @@
 // Shared bytes, 16 bits: 55 KB + 512 K of tiles and scalars, 32 KB for QK^T and KK^T and 32 KB, of
 // K > 128, for `square` between tiles, where they fit (K = 128: 151 KB); K = 256 on mma.sync lets
 // S0 and dS take turns in one buffer. float32: 28 KB + 512 K, twice 8 KB.
+// On wgmma, K <= 128 has two stages of what belongs to a tile: chunk_bwd_chunks_pipelined.cuh.
 //
 // Registers: K / 2 of dQ or dK, 32 each of square and of a product in flight, 16 of an operand; in
 // all 255, and 204 to 232 of 16-bit K = 64. Of K > 128 what is needed once a tile is spilled.
 //
 // Per chunk and head at K = V = 128: 16.8 MFLOP, 128 KB, and 64 KB a group: bound by memory.
 #pragma once
-#include "gated_delta/chunk_grad_phases.cuh"
+#include "gated_delta/chunk_bwd_chunks_pipelined.cuh"
 
 namespace df::cuda {
 template <class C>
-__global__ void __launch_bounds__(C::kThreads, 1)
-    chunk_grads_kernel(const __grid_constant__ ChunkBwdCuda p) {
+__device__ inline void chunk_grads_in_phases(const ChunkBwdCuda& p, const ChunkPlace& place,
+                                             int slot, int key_head, char* shared) {
   using Arch = typename C::Arch;
   using E = typename C::E;
   using Tiles = ChunkGradTiles<C>;
-  extern __shared__ __align__(1024) char shared[];
   const ChunkShape& s = p.in.shape;
-  const int H = int(s.H), slot = blockIdx.x / H, key_head = blockIdx.x % H, G = int(s.HV / s.H);
-  const ChunkPlace place = chunk_place(p.in, slot);
-  if (place.rows == 0) {
-    for (int h = key_head * G + threadIdx.x; h < (key_head + 1) * G; h += C::kThreads) {
-      if (p.dA_log) p.dA_log[int64_t(slot) * s.HV + h] = 0;
-      if (p.ddt_bias) p.ddt_bias[int64_t(slot) * s.HV + h] = 0;
-    }
-    return;
-  }
+  const int G = int(s.HV / s.H);
   ChunkGrads<C> my(p, shared);
   auto& tiles = my.tiles;
   auto& scalars = my.scalars;
@@ -161,12 +153,12 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     my.barrier();
     my.forget();
     if (my.role == 1) my.add_columns_of_keys(d);
-    my.rectangle_sums(t, products);
-    my.row_sums(t, key_dots, value_dots, inner);
+    my.rectangle_sums(t, products, scalars.sums[0]);
+    my.row_sums(t, key_dots, value_dots, inner, scalars.sums[0]);
     my.barrier();
     if (head + 1 < end) my.load_inverse(head + 1);
     cp_async_commit();
-    if (my.role == 0 && my.warp() == 0) my.scalar_gradients(t, head);
+    if (my.role == 0 && my.warp() == 0) my.scalar_gradients(t, scalars.sums[0], head);
     if (my.role == 1 && my.warp() == 0 && head + 1 < end) my.load_table(head + 1);
   }
   my.forget();
@@ -174,13 +166,33 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 }
 
 template <class C>
+__global__ void __launch_bounds__(C::kLaunched, 1)
+    chunk_grads_kernel(const __grid_constant__ ChunkBwdCuda p) {
+  extern __shared__ __align__(1024) char shared[];
+  const ChunkShape& s = p.in.shape;
+  const int H = int(s.H), slot = blockIdx.x / H, key_head = blockIdx.x % H, G = int(s.HV / s.H);
+  const ChunkPlace place = chunk_place(p.in, slot);
+  if (place.rows == 0) {
+    for (int h = key_head * G + threadIdx.x; h < (key_head + 1) * G; h += C::kLaunched) {
+      if (p.dA_log) p.dA_log[int64_t(slot) * s.HV + h] = 0;
+      if (p.ddt_bias) p.ddt_bias[int64_t(slot) * s.HV + h] = 0;
+    }
+    return;
+  }
+  if constexpr (C::kPipelined)
+    chunk_grads_pipelined<C>(p, place, slot, key_head, shared);
+  else
+    chunk_grads_in_phases<C>(p, place, slot, key_head, shared);
+}
+
+template <class C>
 int chunk_grads_launch(const ChunkBwdCuda& p, void* stream) {
-  constexpr int kBytes = ChunkGradTiles<C>::kBytes;
+  constexpr int kBytes = ChunkGrads<C>::Tiles::kBytes;
   const cudaError_t e = cudaFuncSetAttribute(chunk_grads_kernel<C>,
                                              cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (e != cudaSuccess) return e;
   const unsigned grid = unsigned(p.in.slots() * p.in.shape.H);
-  chunk_grads_kernel<C><<<grid, C::kThreads, kBytes, static_cast<cudaStream_t>(stream)>>>(p);
+  chunk_grads_kernel<C><<<grid, C::kLaunched, kBytes, static_cast<cudaStream_t>(stream)>>>(p);
   return cudaSuccess;
 }
 

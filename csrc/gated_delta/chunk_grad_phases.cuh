@@ -11,8 +11,11 @@ struct ChunkGrads {
   static constexpr int kK = C::kK, kC = C::kC, kV = C::kV;
   static constexpr int kUnit = 16 / int(sizeof(E));
 
+  using Tiles = std::conditional_t<C::kPipelined, ChunkGradStages<C>, ChunkGradTiles<C>>;
+  using Sums = ChunkGradSums<C>;
+
   const ChunkBwdCuda& p;
-  ChunkGradTiles<C> tiles;
+  Tiles tiles;
   ChunkGradScalars<C>& scalars;
   int role;    // 0 queries, 1 keys
   int thread;  // of the group
@@ -20,7 +23,7 @@ struct ChunkGrads {
   __device__ ChunkGrads(const ChunkBwdCuda& p, char* shared)
       : p(p),
         tiles{shared_address(shared)},
-        scalars(*reinterpret_cast<ChunkGradScalars<C>*>(shared + ChunkGradTiles<C>::kScalars)),
+        scalars(*reinterpret_cast<ChunkGradScalars<C>*>(shared + Tiles::kScalars)),
         role(__shfl_sync(0xffffffffu, int(threadIdx.x) / C::kGroupThreads, 0)),
         thread(threadIdx.x % C::kGroupThreads) {}
 
@@ -294,7 +297,7 @@ struct ChunkGrads {
 
   // Column sums of x over rows from t on, for all t; their part left of t, times beta, summed to
   // `rectangle`. What x holds on the diagonal reaches the column sums only.
-  __device__ void rectangle_sums(const TokenTable<kC>& t, float (&x)[kC / 8][4]) const {
+  __device__ void rectangle_sums(const TokenTable<kC>& t, float (&x)[kC / 8][4], Sums& of) const {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int n = 0; n < kC / 8; ++n)
@@ -308,7 +311,7 @@ struct ChunkGrads {
           if (lane + step < 32) upper += next, below += next_below;
         }
         upper += __shfl_sync(0xffffffffu, below, lane % 4);
-        if (lane < 4) scalars.columns[role][warp()][column(n, i)] = upper;
+        if (lane < 4) of.columns[role][warp()][column(n, i)] = upper;
         x[n][i] = upper, x[n][i + 2] = below;
       }
     group_barrier();
@@ -318,7 +321,7 @@ struct ChunkGrads {
 #pragma unroll
       for (int n = 0; n < kC / 8; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) x[n][i] += scalars.columns[role][w][column(n, i)];
+        for (int i = 0; i < 4; ++i) x[n][i] += of.columns[role][w][column(n, i)];
     }
     float sums[2] = {0, 0};
     const int last[2] = {row(0) - column(0, 0), row(1) - column(0, 0)};
@@ -330,13 +333,13 @@ struct ChunkGrads {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float sum = lane_sum<4>(sums[half]);
-      if (lane % 4 == 0) scalars.rectangle[role][row(half)] = sum;
+      if (lane % 4 == 0) of.rectangle[role][row(half)] = sum;
     }
   }
 
   // rho = q . X + k . Y of the queries' dots, or kap = k . (E dS^T) of the keys'; <S0, dS>.
   __device__ void row_sums(const TokenTable<kC>& t, const float (&key_dots)[2],
-                           const float (&value_dots)[2], float inner) const {
+                           const float (&value_dots)[2], float inner, Sums& of) const {
     const TokenTable<kC>& norms = scalars.table[0];
     const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -345,39 +348,64 @@ struct ChunkGrads {
       const float x = lane_sum<4>(key_dots[half]), y = lane_sum<4>(value_dots[half]);
       if (lane % 4) continue;
       if (role)
-        scalars.kap[r] = t.del[r] * norms.rk[r] * x;
+        of.kap[r] = t.del[r] * norms.rk[r] * x;
       else
-        scalars.rho[r] = t.gam[r] * (p.in.scale * norms.rq[r] * x - norms.rk[r] * y);
+        of.rho[r] = t.gam[r] * (p.in.scale * norms.rq[r] * x - norms.rk[r] * y);
     }
     inner = lane_sum<32>(inner);
-    if (role && lane == 0) scalars.inner[warp()] = inner;
+    if (role && lane == 0) of.inner[warp()] = inner;
+  }
+
+  // To the parts of sum_{i>=t>j} Z_ij with i of the warp that has row t, those of the warps below
+  // it; by one warp, for its lanes' t. columns: without beta.
+  __device__ static void add_rectangles_below(const TokenTable<kC>& t, const Sums& of,
+                                              float (&rectangle)[kC / 32]) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int block = 0; block < C::kWarps - 1; ++block) {  // t of 16, i of the warps below
+      float before = 0;
+#pragma unroll
+      for (int part = 0; part <= block / 2; ++part) {
+        const int j = part * 32 + lane;
+        float z = 0;
+#pragma unroll
+        for (int w = block + 1; w < C::kWarps; ++w) z += of.columns[0][w][j] + of.columns[1][w][j];
+        z *= t.beta[j];
+        before += part < block / 2 ? lane_sum<32>(z) : sum_before(z);
+      }
+      if (lane / 16 == block % 2) rectangle[block / 2] += before;
+    }
+  }
+  __device__ static float sum_before(float x) {  // over the lanes before this one
+    const int lane = threadIdx.x % 32;
+    x = __shfl_up_sync(0xffffffffu, x, 1);
+    if (lane == 0) x = 0;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const float other = __shfl_up_sync(0xffffffffu, x, step);
+      if (lane >= step) x += other;
+    }
+    return x;
   }
 
   // dg_t = e^{G_C} <dS, S0> + sum_{j<t} kap_j + sum_{i>=t} rho_i + sum_{i>=t>j} Z_ij, dbeta, and
   // both through gate and sigmoid; by one warp.
-  __device__ void scalar_gradients(const TokenTable<kC>& t, int head) const {
+  __device__ void scalar_gradients(const TokenTable<kC>& t, const Sums& of, int head) const {
     const ChunkGradPlace place = scalars.place;
     const HeadGate gate = head_gate(p.in.pre, head);
     const float scale = float(p.in.pre.sigmoid_scale);
     const int lane = threadIdx.x % 32;
-    float inner = 0, before = 0, after = 0, kap[kC / 32], rho[kC / 32];
-    for (int w = 0; w < C::kWarps; ++w) inner += scalars.inner[w];
+    float inner = 0, before = 0, after = 0, kap[kC / 32], rho[kC / 32], rectangle[kC / 32];
+    for (int w = 0; w < C::kWarps; ++w) inner += of.inner[w];
 #pragma unroll
-    for (int part = 0; part < kC / 32; ++part) {  // running sums: kap without the token itself
-      const float x = scalars.kap[part * 32 + lane] * t.beta[part * 32 + lane];
-      float sum = x;
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        const float other = __shfl_up_sync(0xffffffffu, sum, step);
-        if (lane >= step) sum += other;
-      }
-      const float previous = __shfl_up_sync(0xffffffffu, sum, 1);
-      kap[part] = before + (lane ? previous : 0);
-      before += __shfl_sync(0xffffffffu, sum, 31);
+    for (int part = 0; part < kC / 32; ++part) {
+      const float x = of.kap[part * 32 + lane] * t.beta[part * 32 + lane];
+      kap[part] = before + sum_before(x);
+      before += lane_sum<32>(x);
     }
 #pragma unroll
     for (int part = kC / 32 - 1; part >= 0; --part) {
-      float sum = scalars.rho[part * 32 + lane];
+      float sum = of.rho[part * 32 + lane];
 #pragma unroll
       for (int step = 1; step < 32; step *= 2) {
         const float other = __shfl_down_sync(0xffffffffu, sum, step);
@@ -386,17 +414,21 @@ struct ChunkGrads {
       rho[part] = after + sum;
       after += __shfl_sync(0xffffffffu, sum, 0);
     }
+#pragma unroll
+    for (int part = 0; part < kC / 32; ++part) {
+      const int i = part * 32 + lane;
+      rectangle[part] = of.rectangle[0][i] + of.rectangle[1][i];
+    }
+    if constexpr (C::kPipelined) add_rectangles_below(t, of, rectangle);
     float sums[2] = {0, 0};
 #pragma unroll
     for (int part = 0; part < kC / 32; ++part) {
       const int i = part * 32 + lane;
       if (i >= place.rows) continue;
       const Token x = load_token(p.in, gate, place.batch, place.first + i, head);
-      float dg = t.chunk_decay * inner + kap[part] + rho[part] +
-                 (scalars.rectangle[0][i] + scalars.rectangle[1][i]);
-      float dbeta = scalars.kap[i];
-      for (int w = 0; w < C::kWarps; ++w)
-        dbeta += scalars.columns[0][w][i] + scalars.columns[1][w][i];
+      float dg = t.chunk_decay * inner + kap[part] + rho[part] + rectangle[part];
+      float dbeta = of.kap[i];
+      for (int w = 0; w < C::kWarps; ++w) dbeta += of.columns[0][w][i] + of.columns[1][w][i];
       const bool clamped = x.g < kMinGate;
       if (clamped) dg = 0;
       if (gate.fused) {

@@ -17,6 +17,8 @@ struct ChunkGradConfig {
   static constexpr int kPanel = !Arch::kAsync && kK > 128 ? 32 : 64;
   static constexpr bool kFragments = kK <= (Arch::kAsync ? 128 : 64);
   static constexpr bool kOneState = !Arch::kAsync && sizeof(E) == 2 && kK == 256;
+  static constexpr bool kPipelined = Arch::kAsync && kK <= 128;  // chunk_bwd_chunks_pipelined.cuh
+  static constexpr int kLaunched = kThreads + (kPipelined ? 128 : 0);
   using KeyTile = Tile<E, kC, kK>;
   using StateTile = Tile<E, kV, kK>;
   using SquareTile = Tile<E, kC, kC>;  // C x C, and C x one tile of V
@@ -38,14 +40,20 @@ struct alignas(16) ChunkGradPlace {
   uint32_t tiles, zero;  // where the tiles are; 0
 };
 
+// What the scalar gradients of a head are made of.
 template <class C>
-struct ChunkGradScalars {
-  ChunkGradPlace place;
-  TokenTable<C::kC> table[2];          // of this head and the next; the norms in the first
+struct ChunkGradSums {
   float columns[2][C::kWarps][C::kC];  // sums over a warp's rows, of queries and keys
   float rectangle[2][C::kC];           // sum_{i>=t>j} Z_ij, their parts
   float rho[C::kC], kap[C::kC];        // kap without beta
   float inner[C::kWarps];              // <S0, dS> by warp
+};
+template <class C>
+struct ChunkGradScalars {
+  ChunkGradPlace place;
+  TokenTable<C::kC> table[2];  // of this head and the next; the norms in the first
+  ChunkGradSums<C> sums[C::kPipelined ? 2 : 1];
+  uint64_t full[2];  // mbarriers of the pipelined kernel's stages
 };
 
 // The tiles, one after the other in shared memory, and the scalars behind them.
@@ -79,6 +87,35 @@ struct ChunkGradTiles {
   __device__ SquareTile a(int i) const { return square(2 + i); }  // dO, dW
   __device__ SquareTile v() const { return square(4); }
   __device__ SquareTile w() const { return square(5); }  // W, then E
+};
+
+// Likewise of the pipelined kernel, with two stages of what belongs to a tile of V.
+template <class C>
+struct ChunkGradStages {
+  using KeyTile = typename C::KeyTile;
+  using StateTile = typename C::StateTile;
+  using SquareTile = typename C::SquareTile;
+  static constexpr int kSquare = 2 * KeyTile::kBytes;
+  static constexpr int kFirst = kSquare + 4 * SquareTile::kBytes;
+  static constexpr int kStage = 2 * StateTile::kBytes + 4 * SquareTile::kBytes;
+  static constexpr int kScalars = kFirst + 2 * kStage;
+  static constexpr int kBytes = kScalars + int(sizeof(ChunkGradScalars<C>) + 15) / 16 * 16;
+  static_assert(kBytes <= 227 * 1024);
+  uint32_t base, stage;  // stage: where that of the tile starts
+
+  __device__ void enter(int tile) { stage = base + kFirst + uint32_t(tile & 1) * kStage; }
+  __device__ KeyTile key(int i) const { return {base + i * KeyTile::kBytes}; }
+  __device__ SquareTile inverse(int i) const { return {base + kSquare + i * SquareTile::kBytes}; }
+  __device__ SquareTile square(int i) const { return inverse(2 + i); }  // dP, dKK
+  __device__ StateTile s() const { return {stage}; }
+  __device__ StateTile ds() const { return {stage + StateTile::kBytes}; }
+  __device__ SquareTile of_stage(int i) const {
+    return {stage + 2 * StateTile::kBytes + i * SquareTile::kBytes};
+  }
+  __device__ SquareTile a(int i) const { return of_stage(i); }  // dO, dW
+  __device__ SquareTile v() const { return of_stage(2); }
+  __device__ SquareTile w() const { return v(); }
+  __device__ SquareTile e() const { return of_stage(3); }
 };
 
 // The two neighbouring elements of this lane in rows `row` and 8 columns 8 n of a tile, as in an
