@@ -93,9 +93,9 @@ __device__ inline void decode_request(const Input& x, int64_t row, int64_t K,
                                       uint32_t (&bits)[kParts]) {
   const int lane = threadIdx.x % 32;
   if (x.dtype == DType::f32)
-    load_bits<32>(static_cast<const uint32_t*>(x.data) + row + lane, K - lane, bits);
+    input_bits<32>(static_cast<const uint32_t*>(x.data) + row + lane, K - lane, bits);
   else
-    load_bits<32>(static_cast<const uint16_t*>(x.data) + row + lane, K - lane, bits);
+    input_bits<32>(static_cast<const uint16_t*>(x.data) + row + lane, K - lane, bits);
 }
 
 // q^, k^ and their product to shared memory; a warp has a token at a time, or two.
@@ -120,7 +120,8 @@ __device__ inline void decode_stage_keys(const DecodeArgs& p, const DecodeRow& a
       float q[kParts], k[kParts], qq = 0, kk = 0, qk = 0;
 #pragma unroll
       for (int c = 0; c < kParts; ++c) {
-        q[c] = from_bits(q_bits[i][c], p.q.dtype), k[c] = from_bits(k_bits[i][c], p.k.dtype);
+        q[c] = from_input_bits(q_bits[i][c], p.q.dtype),
+        k[c] = from_input_bits(k_bits[i][c], p.k.dtype);
         qq += q[c] * q[c], kk += k[c] * k[c], qk += q[c] * k[c];
       }
       qq = lane_sum<32>(qq), kk = lane_sum<32>(kk), qk = lane_sum<32>(qk);
@@ -147,28 +148,28 @@ __device__ inline void decode_stage(const DecodeArgs& p, const DecodeRow& at,
   const bool has_gate = t_gate >= 0 && t_gate < T;
   uint32_t a = 0, dt_bias = 0, A_log = 0, b = 0, values[kValues];
   if (has_gate) {
-    a = load_bits(p.a, offset(p.a, at.b, t_gate, at.h));
-    b = load_bits(p.b, offset(p.b, at.b, t_gate, at.h));
-    A_log = load_bits(p.A_log, at.h);
-    if (p.dt_bias.data) dt_bias = load_bits(p.dt_bias, at.h);
+    a = input_bits(p.a, offset(p.a, at.b, t_gate, at.h));
+    b = input_bits(p.b, offset(p.b, at.b, t_gate, at.h));
+    A_log = input_bits(p.A_log, at.h);
+    if (p.dt_bias.data) dt_bias = input_bits(p.dt_bias, at.h);
   }
   const int64_t of_v = offset(p.v, at.b, 0, at.h) + at.v0;
 #pragma unroll
   for (int n = 0; n < kValues; ++n) {
     const int i = n * blockDim.x + threadIdx.x, t = i >> tile_bits, v = i & (at.tile - 1);
-    values[n] = t < T && at.v0 + v < p.V ? load_bits(p.v, of_v + t * p.v.t + v) : 0;
+    values[n] = t < T && at.v0 + v < p.V ? input_bits(p.v, of_v + t * p.v.t + v) : 0;
   }
   decode_stage_keys(p, at, to);
 #pragma unroll
   for (int n = 0; n < kValues; ++n) {
     const int i = n * blockDim.x + threadIdx.x;
-    if (i < T * at.tile) to.v[i] = from_bits(values[n], p.v.dtype);
+    if (i < T * at.tile) to.v[i] = from_input_bits(values[n], p.v.dtype);
   }
   if (has_gate) {
-    const float x = from_bits(a, p.a.dtype) + from_bits(dt_bias, p.dt_bias.dtype);
-    const float g = -expf(from_bits(A_log, p.A_log.dtype)) * softplus(x);
+    const float x = from_input_bits(a, p.a.dtype) + from_input_bits(dt_bias, p.dt_bias.dtype);
+    const float g = -expf(from_input_bits(A_log, p.A_log.dtype)) * softplus(x);
     to.gate[3 * t_gate] = expf(g < -88 ? -88 : g);  // not fmaxf: NaN stays NaN
-    to.gate[3 * t_gate + 1] = sigmoid(from_bits(b, p.b.dtype));
+    to.gate[3 * t_gate + 1] = sigmoid(from_input_bits(b, p.b.dtype));
   }
 }
 

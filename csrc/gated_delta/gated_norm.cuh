@@ -6,7 +6,8 @@
 // A row of at most 32 pieces of 128 bits is held by the next power of two of lanes, so that a warp
 // works on 1 to 32 rows; a wider one by a warp, the first 4 pieces a lane in registers, the rest
 // read again (from L2). The weight's part of a lane stays in registers while it walks down its
-// rows. Rows that are not 16-byte aligned are made of pieces of one element.
+// rows; forward, a row that is held is requested while the one before it is computed (32 to 64 KB
+// under way an SM). Rows that are not 16-byte aligned are made of pieces of one element.
 //
 // CTA = 8 warps; backward two CTAs an SM, each with a contiguous part of the rows and one partial
 // sum of dweight: in registers, then over the groups of lanes through shared memory, in a fixed
@@ -20,6 +21,7 @@
 #include "common/cuda/math.cuh"
 #include "common/cuda/pack.cuh"
 #include "gated_delta/gated_norm.h"
+#include "gated_delta/silu.cuh"
 
 namespace df::cuda {
 template <class E_, bool kVectors, bool kWide_>
@@ -31,15 +33,18 @@ struct NormConfig {
   using Row = Pack<E, kVec>;
 };
 
-struct NormLanes {                 // this thread among those of a row
+struct NormLanes {                 // this thread among those of a row, a power of two
   int lanes, lane, group, groups;  // groups: of the CTA
-  __device__ explicit NormLanes(int lanes)
-      : lanes(lanes),
-        lane(threadIdx.x % lanes),
-        group(threadIdx.x / lanes),
-        groups(RowNormLaunch::kThreads / lanes) {}
+  __device__ explicit NormLanes(int lanes) : lanes(lanes), lane(threadIdx.x & (lanes - 1)) {
+    const int bits = __ffs(lanes) - 1;
+    group = threadIdx.x >> bits, groups = RowNormLaunch::kThreads >> bits;
+  }
   __device__ float sum(float x) const {  // in a warp whose lanes are all here
-    for (int mask = 1; mask < lanes; mask *= 2) x += __shfl_xor_sync(0xffffffffu, x, mask);
+#pragma unroll
+    for (int mask = 1; mask < 32; mask *= 2) {
+      const float other = __shfl_xor_sync(0xffffffffu, x, mask);
+      if (mask < lanes) x += other;
+    }
     return x;
   }
 };
@@ -107,13 +112,15 @@ template <class C>
 __device__ inline void norm_finish(const RowNormLaunch& p, int64_t row, int64_t c, float r,
                                    const typename C::Row& x, const typename C::Row& z,
                                    const float (&w)[C::kVec]) {
+  float out[C::kVec];
+#pragma unroll
+  for (int i = 0; i < C::kVec; ++i) out[i] = x[i] * r * w[i];
+  if (p.args.gate.data)
+#pragma unroll
+    for (int i = 0; i < C::kVec; ++i) out[i] *= silu(z[i]);
   typename C::Row y;
 #pragma unroll
-  for (int i = 0; i < C::kVec; ++i) {
-    float out = x[i] * r * w[i];
-    if (p.args.gate.data) out *= z[i] * sigmoid(z[i]);
-    y.set(i, out);
-  }
+  for (int i = 0; i < C::kVec; ++i) y.set(i, out[i]);
   y.store(static_cast<typename C::E*>(p.args.y) + row * p.args.V + c);
 }
 
@@ -126,22 +133,33 @@ __global__ void __launch_bounds__(C::kThreads, C::kWide ? 2 : 4)
   float weight[C::kHeld][C::kVec];
   norm_held<C>(on, args.V, [&](int i, int64_t c) { norm_weight<C>(p, c, weight[i]); });
 
-  const int64_t step = int64_t(gridDim.x) * on.groups;
-  for (int64_t first = int64_t(blockIdx.x) * on.groups; first < p.rows; first += step) {
-    const int64_t row = first + on.group;
-    const int64_t V = row < p.rows ? args.V : 0;  // a group without a row has no pieces
-    typename C::Row x[C::kHeld], z[C::kHeld];
-    float sum = 0;
-    norm_held<C>(on, V, [&](int i, int64_t c) {
+  const auto pieces_of = [&](int64_t row) {  // a group without a row has no pieces
+    return row < p.rows ? args.V : 0;
+  };
+  typename C::Row x[C::kHeld], z[C::kHeld];
+  const auto request = [&](int64_t row) {
+    norm_held<C>(on, pieces_of(row), [&](int i, int64_t c) {
       x[i] = norm_load<C>(args.x, row, c);
       if (args.gate.data) z[i] = norm_load<C>(args.gate, row, c);
     });
-    norm_held<C>(on, V, [&](int i, int64_t) { sum = norm_squares<C>(x[i], sum); });
+  };
+  const int64_t step = int64_t(gridDim.x) * on.groups;
+  if constexpr (!C::kWide) request(int64_t(blockIdx.x) * on.groups + on.group);
+  for (int64_t first = int64_t(blockIdx.x) * on.groups; first < p.rows; first += step) {
+    const int64_t row = first + on.group, V = pieces_of(row);
+    if constexpr (C::kWide) request(row);
+    typename C::Row x_row[C::kHeld], z_row[C::kHeld];
+#pragma unroll
+    for (int i = 0; i < C::kHeld; ++i) x_row[i] = x[i], z_row[i] = z[i];
+    if constexpr (!C::kWide) request(row + step);
+    float sum = 0;
+    norm_held<C>(on, V, [&](int i, int64_t) { sum = norm_squares<C>(x_row[i], sum); });
     norm_others<C>(on, V,
                    [&](int64_t c) { sum = norm_squares<C>(norm_load<C>(args.x, row, c), sum); });
-    const float r = 1.0f / sqrtf(on.sum(sum) * factor + float(args.eps));
-    norm_held<C>(on, V,
-                 [&](int i, int64_t c) { norm_finish<C>(p, row, c, r, x[i], z[i], weight[i]); });
+    const float r = rsqrtf(on.sum(sum) * factor + float(args.eps));
+    norm_held<C>(on, V, [&](int i, int64_t c) {
+      norm_finish<C>(p, row, c, r, x_row[i], z_row[i], weight[i]);
+    });
     norm_others<C>(on, V, [&](int64_t c) {
       float w[C::kVec];
       norm_weight<C>(p, c, w);
@@ -290,7 +308,7 @@ void norm_dispatch(const RowNormLaunch& p, Fn fn) {
 
 template <class E>
 void row_norm_fwd_launch(const RowNormLaunch& p, void* stream) {
-  constexpr int64_t kCtas = 8 * 132;  // walk down the rows
+  constexpr int64_t kCtas = 4 * 132;  // walk down the rows; where rows are not wide, all at once
   if (p.rows == 0) return;
   norm_dispatch<E>(p, [&](auto config, int lanes) {
     row_norm_fwd_kernel<decltype(config)><<<unsigned(p.ctas(kCtas)), RowNormLaunch::kThreads, 0,

@@ -14,7 +14,7 @@ __device__ inline uint32_t bits_of(Word x) {
 }
 
 template <class Source>  // Input or Dense
-__device__ inline uint32_t load_bits(const Source& x, int64_t i) {
+__device__ inline uint32_t input_bits(const Source& x, int64_t i) {
   if (x.dtype == DType::f64) return bits_of(static_cast<const double*>(x.data)[i]);
   return x.dtype == DType::f32 ? static_cast<const uint32_t*>(x.data)[i]
                                : static_cast<const uint16_t*>(x.data)[i];
@@ -22,22 +22,22 @@ __device__ inline uint32_t load_bits(const Source& x, int64_t i) {
 
 // bits[n] <- element n kStep of p, where that is before `end`; else zero.
 template <int kStep, class Word, int kCount>
-__device__ inline void load_bits(const Word* p, int64_t end, uint32_t (&bits)[kCount]) {
+__device__ inline void input_bits(const Word* p, int64_t end, uint32_t (&bits)[kCount]) {
 #pragma unroll
   for (int n = 0; n < kCount; ++n) bits[n] = n * kStep < end ? bits_of(p[n * kStep]) : 0;
 }
 template <int kStep, class Source, int kCount>
-__device__ inline void load_bits(const Source& x, int64_t i, int64_t end,
-                                 uint32_t (&bits)[kCount]) {
+__device__ inline void input_bits(const Source& x, int64_t i, int64_t end,
+                                  uint32_t (&bits)[kCount]) {
   if (x.dtype == DType::f64)
-    load_bits<kStep>(static_cast<const double*>(x.data) + i, end, bits);
+    input_bits<kStep>(static_cast<const double*>(x.data) + i, end, bits);
   else if (x.dtype == DType::f32)
-    load_bits<kStep>(static_cast<const uint32_t*>(x.data) + i, end, bits);
+    input_bits<kStep>(static_cast<const uint32_t*>(x.data) + i, end, bits);
   else
-    load_bits<kStep>(static_cast<const uint16_t*>(x.data) + i, end, bits);
+    input_bits<kStep>(static_cast<const uint16_t*>(x.data) + i, end, bits);
 }
 
-__device__ inline float from_bits(uint32_t bits, DType type) {  // without branches
+__device__ inline float from_input_bits(uint32_t bits, DType type) {  // without branches
   const float half = to_float(f16{static_cast<uint16_t>(bits)});
   const float other = __uint_as_float(type == DType::bf16 ? bits << 16 : bits);
   return type == DType::f16 ? half : other;

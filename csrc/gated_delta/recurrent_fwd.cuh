@@ -110,20 +110,21 @@ struct RecurrentRequest {
   __device__ void store(const RecurrentInputs& x, const RecurrentPlace& at, const HeadGate& head,
                         const RecurrentBuffer<C>& to) const {
     const int lane = threadIdx.x % 32;
+    float sums[2 * C::kTokens] = {};  // their shuffles run side by side
+#pragma unroll
+    for (int i = 0; i < 2 * C::kTokens; ++i) {
+#pragma unroll
+      for (int c = 0; c < C::kParts; ++c) sums[i] += to_float(keys[i][c]) * to_float(keys[i][c]);
+      sums[i] = lane_sum<32>(sums[i]);
+    }
 #pragma unroll
     for (int i = 0; i < 2 * C::kTokens; ++i) {
       const int token = threadIdx.x / 32 * C::kTokens + i / 2;
-      float row[C::kParts], sum = 0;
-#pragma unroll
-      for (int c = 0; c < C::kParts; ++c) {
-        row[c] = to_float(keys[i][c]);
-        sum += row[c] * row[c];
-      }
-      float factor = i % 2 ? 1 : float(x.in.scale);
-      if (x.in.l2norm) factor *= 1.0f / sqrtf(lane_sum<32>(sum) + 1e-6f);
+      const float norm = x.in.l2norm ? rsqrtf(sums[i] + 1e-6f) : 1;
+      const float factor = i % 2 ? norm : norm * float(x.in.scale);
 #pragma unroll
       for (int c = 0; c < C::kParts; ++c)
-        (i % 2 ? to.k : to.q)[token * C::kTileK + c * 32 + lane] = row[c] * factor;
+        (i % 2 ? to.k : to.q)[token * C::kTileK + c * 32 + lane] = to_float(keys[i][c]) * factor;
     }
 #pragma unroll
     for (int i = 0; i < C::kValues; ++i) {

@@ -23,6 +23,7 @@
 #include "gated_delta/input.cuh"
 #include "gated_delta/input_bits.cuh"
 #include "gated_delta/short_conv.h"
+#include "gated_delta/silu.cuh"
 
 namespace df::cuda {
 constexpr int kConvThreads = 128;
@@ -76,17 +77,17 @@ __device__ inline void conv_taps(const ConvDeviceInputs& in, int64_t c, float* s
   const int64_t first = c - threadIdx.x * C::kVec, inside = in.D - first;
   const int64_t end = (inside < kConvThreads * C::kVec ? inside : kConvThreads * C::kVec) * W;
   uint32_t taps_of_all[C::kVec * C::kTaps], bias_of_all[C::kVec];
-  load_bits<kConvThreads>(in.weight, first * W + threadIdx.x, end - threadIdx.x, taps_of_all);
-  load_bits<kConvThreads>(in.bias, first + threadIdx.x,
-                          in.bias.data ? inside - int64_t(threadIdx.x) : 0, bias_of_all);
+  input_bits<kConvThreads>(in.weight, first * W + threadIdx.x, end - threadIdx.x, taps_of_all);
+  input_bits<kConvThreads>(in.bias, first + threadIdx.x,
+                           in.bias.data ? inside - int64_t(threadIdx.x) : 0, bias_of_all);
 #pragma unroll
   for (int n = 0; n < C::kVec * C::kTaps; ++n)
     shared[conv_staged(n * kConvThreads + threadIdx.x)] =
-        from_bits(taps_of_all[n], in.weight.dtype);
+        from_input_bits(taps_of_all[n], in.weight.dtype);
 #pragma unroll
   for (int n = 0; n < C::kVec; ++n)
     shared[conv_staged(kBiases + n * kConvThreads + threadIdx.x)] =
-        from_bits(bias_of_all[n], in.bias.dtype);
+        from_input_bits(bias_of_all[n], in.bias.dtype);
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < C::kVec; ++i) {
@@ -133,11 +134,9 @@ __device__ inline float conv_sum(const float (&tap)[kTaps][kVec], const float (&
   return start;
 }
 
-// z, or silu(z) to 4 ulp: an exact division has a branch, here for every element. Below z = -87 it
-// is 0, where silu(z) > -2^-119.
-__device__ inline float conv_activation(bool silu, float z) {
-  const float y = __fdividef(z, 1 + expf(-z));
-  return silu ? y : z;
+__device__ inline float conv_activation(bool with_silu, float z) {
+  const float y = silu(z);
+  return with_silu ? y : z;
 }
 
 template <class C>
