@@ -24,6 +24,30 @@
 #include "gated_delta/chunk_squares.cuh"
 
 namespace df::cuda {
+// What a lane needs of its rows of an accumulator, row and row + 8 of a warp's 16 from `first` on;
+// its columns are col and col + 1 of each 8.
+template <int kC>
+struct LaneRows {
+  int row, col;
+  float2 G[2];
+  __device__ LaneRows(const TokenTable<kC>& t, int first) {
+    const int lane = thread_anew() % 32;
+    row = first + lane / 4, col = lane % 4 * 2;
+    G[0] = t.G[row], G[1] = t.G[row + 8];
+  }
+};
+// d = e^{G_i - G_j} for the columns of tile n; 0 above the diagonal, as in LaneDecays.
+template <int kC>
+__device__ inline void lower_decays(const TokenTable<kC>& t, const LaneRows<kC>& r, int n,
+                                    float (&d)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int j = 8 * n + r.col + i % 2;
+    const float x = difference(r.G[i / 2], t.G[j]);
+    d[i] = exp2_fast(r.row + i / 2 * 8 >= j ? x : -INFINITY);
+  }
+}
+
 // Where a lane of an accumulator has its two neighbouring elements of each 8 columns in a tile.
 // `first` is that of n = 0 in a tile that starts `offset` bytes before: in tiles at constant
 // distances the units of 16 bytes are changed alike behind the swizzle, which shares addresses.
