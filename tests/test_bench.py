@@ -201,7 +201,8 @@ def test_file_name_is_of_the_device():
 def test_published_measurements_are_of_correct_kernels(path):
     rows = results.read(path)
     device = "cpu" if rows[0]["isa"] else "cuda"
-    assert {row["op"] for row in rows} == set(meant_for(device))
+    measured, all_of_them = {row["op"] for row in rows}, set(meant_for(device))
+    assert measured == all_of_them if device == "cpu" else measured <= all_of_them
     for row in rows:
         assert row["correct"]["ok"] and "ratios" in row, row["op"]
         assert row["git"] and not row["git"].endswith("-dirty")
