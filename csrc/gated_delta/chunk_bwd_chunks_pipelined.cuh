@@ -18,7 +18,7 @@
 // the sums of a head. A product of 64 x 128 next to another one does not fit, and is waited for.
 //
 // Per chunk and head at K = V = 128: 16.8 MFLOP, 128 KB, and 64 KB a group: bound by the
-// instructions around the products, of the order of 1000 a warp and tile of V.
+// instructions around the products, 750 a warp and tile of V and 1450 a warp and head.
 #pragma once
 #include "gated_delta/chunk_grad_phases.cuh"
 #include "gated_delta/chunk_squares.cuh"
@@ -105,19 +105,20 @@ struct PipelinedGrads : ChunkGrads<C> {
   enum { kErrors = 3, kRows = 5, kRowsRead = 6, kTable = 7, kSums = 11 };  // + stage, role, head
   static constexpr int kBoth = C::kThreads;
 
-  int first, end;      // heads
-  int tiles_v, count;  // tiles of V of a head, of all heads
+  int first, end;       // heads
+  int padded_v, count;  // V to whole tiles; tiles of all heads
 
   __device__ PipelinedGrads(const ChunkBwdCuda& p, char* shared, int key_head) : Base(p, shared) {
     const int group = int(p.in.shape.HV / p.in.shape.H);
     first = key_head * group, end = first + group;
-    tiles_v = int(p.in.shape.V + kV - 1) / kV, count = tiles_v * group;
+    const int tiles_v = int(p.in.shape.V + kV - 1) / kV;
+    padded_v = tiles_v * kV, count = tiles_v * group;
   }
 
   // Addresses are computed anew from here on: registers are rare.
   __device__ void renumber() { thread = int(uint32_t(thread_anew()) % C::kGroupThreads); }
 
-  // ---- loads of tile i
+  // ---- loads
   __device__ void enter(int i) {
     renumber();
     tiles.enter(i);
@@ -134,8 +135,13 @@ struct PipelinedGrads : ChunkGrads<C> {
     else
       load_tile<false, C::kGroupThreads>(to, from, x.t, rows, cols, thread);
   }
-  __device__ void load(int i) {
-    const int head = first + i / tiles_v, v0 = i % tiles_v * kV;
+  // Tile i: columns of V of `head` from v0 on, or of a head behind it if V has less.
+  __device__ void load(int i, int head, int v0) {
+    if (i < count) issue(i, head, v0);
+    cp_async_commit();
+  }
+  __device__ void issue(int i, int head, int v0) {
+    for (; v0 >= padded_v; v0 -= padded_v) ++head;
     const ChunkGradPlace& place = scalars.place;
     const uint32_t stage = tiles.stage;
     tiles.enter(i);
@@ -149,10 +155,9 @@ struct PipelinedGrads : ChunkGrads<C> {
       copy_tile<C::kGroupThreads>(tiles.ds(), ds, kK, thread);
       copy_rows(tiles.a(1), place.dW, head, v0);
     }
-    cp_async_commit();
     tiles.stage = stage;
   }
-  // This thread's loads so far are there, tile i's among them.
+  // This thread's loads so far are there, those of tile i among them.
   __device__ void arrive_full(int i) const {
     cp_async_wait<0>();
     Arch::stores_visible();
@@ -292,12 +297,12 @@ struct PipelinedGrads : ChunkGrads<C> {
       float before = lane_sum<4>(left[half]);
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
-        const float first = block[m][2 * half], pair = first + block[m][2 * half + 1];
+        const float z = block[m][2 * half], pair = z + block[m][2 * half + 1];
         const float next = __shfl_xor_sync(0xffffffffu, pair, 1), two = pair + next;
         const float others = __shfl_xor_sync(0xffffffffu, two, 2);
         const float at = before + ((q & 1 ? next : 0) + (q & 2 ? others : 0));
         if (g + 8 * half >= 8 * m + 2 * q) sum[2 * m] += at;
-        if (g + 8 * half >= 8 * m + 2 * q + 1) sum[2 * m + 1] += at + first;
+        if (g + 8 * half >= 8 * m + 2 * q + 1) sum[2 * m + 1] += at + z;
         before += two + others;
       }
     }
@@ -326,8 +331,8 @@ struct PipelinedGrads : ChunkGrads<C> {
     cp_async_commit();
     if (role == 0) load_inverse(first);
 #pragma unroll 1
-    for (int i = 0; i < 2 && i < count; ++i) load(i);
-    cp_async_wait<0>();
+    for (int i = 0; i < 2; ++i) load(i, first, i * kV);
+    cp_async_wait<1>();  // all but tile 1
     Arch::stores_visible();
     this->barrier();
     mbarrier_arrive(&scalars.full[0]);
@@ -348,7 +353,7 @@ struct PipelinedGrads : ChunkGrads<C> {
       Accumulator<kK> x;
       clear<kC>(square), clear<kK>(x);
       float key_dots[2] = {0, 0}, value_dots[2] = {0, 0};
-      for (const int behind = i + tiles_v; i < behind; ++i) {
+      for (int v0 = 0; v0 < padded_v; v0 += kV, ++i) {
         enter(i);
         residuals(t, value_dots);
         read_dO(x);
@@ -364,8 +369,8 @@ struct PipelinedGrads : ChunkGrads<C> {
         Arch::template mma<kC, kV>(square, a, tiles.e().along_k());
         Arch::commit();
         this->group_barrier();  // dO is read
-        if (i + 2 < count) load(i + 2);
-        if (i + 1 == behind && head + 1 < end) load_inverse(head + 1);
+        load(i + 2, head, v0 + 2 * kV);
+        if (v0 + kV == padded_v && head + 1 < end) load_inverse(head + 1);
         Arch::template wait<0>(square, a);
       }
       const float scale = p.in.scale;
@@ -390,7 +395,7 @@ struct PipelinedGrads : ChunkGrads<C> {
       Accumulator<kK> x;
       clear<kC>(square), clear<kK>(x);
       float key_dots[2] = {0, 0}, value_dots[2] = {0, 0}, inner = 0;
-      for (const int behind = i + tiles_v; i < behind; ++i) {
+      for (int v0 = 0; v0 < padded_v; v0 += kV, ++i) {
         enter(i);
         inner += read_dW(t, d);
         named_barrier_sync(kErrors + (i & 1), kBoth);
@@ -401,7 +406,7 @@ struct PipelinedGrads : ChunkGrads<C> {
         arrive_full(i + 1);
         Arch::template wait<0>(square, x);
         this->group_barrier();
-        if (i + 2 < count) load(i + 2);
+        load(i + 2, head, v0 + 2 * kV);
       }
       const float factor[2] = {t.beta[row(0)] * t.del[row(0)], t.beta[row(1)] * t.del[row(1)]};
       finish_head(t, head, square, x, factor, key_dots, value_dots, inner, d);
