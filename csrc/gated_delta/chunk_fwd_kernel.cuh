@@ -3,9 +3,8 @@
 //   S <- e^{G_C} S + K^T (del o U)
 // A CTA has one value head of one sequence and 64 or 128 rows of S^T (of V). Warpgroup 0 runs ahead
 // of the others by a chunk: it loads q, k, v and T' (floats: makes T'), makes the tables of tokens
-// and P. Each other
-// warpgroup owns 64 rows of S^T (V x K) in fp32 registers. All its products have their operand A in
-// registers, made from the accumulator before, and B in shared memory:
+// and P. Each other warpgroup owns 64 rows of S^T (V x K) in fp32 registers. All its products have
+// their operand A in registers, made from the accumulator before, and B in shared memory:
 //   R^T = S^T K^T   Y^T = S^T Q^T   W^T = V^T - gam o R^T   E^T = W^T T'^T   U^T = beta o E^T
 //   O^T = sc [gam o Y^T + U^T P^T]   S^T = e^{G_C} S^T + (del o U)^T K
 // so that S, W, E and U never exist in memory. O leaves through the tile that v came in.
@@ -14,7 +13,7 @@
 // no producer warp: warpgroup 0 needs the tiles first, and issues their loads when it has to wait
 // for the state warpgroups anyway.
 //   shared memory, K = 128, 128 rows, 16 bits: 2 stages (sm_80) or 3 (sm_90a) of 32 KB k, q, 16 KB
-//   v and 16 KB T'; 2 x 8 KB P (high precision: 16 KB and 2 stages); 5 KB tables: 149 KB or 213 KB
+//   v and 16 KB T'; 2 x 8 KB P (high precision: 16 KB and 2 stages); 14 KB tables: 159 or 223 KB
 //   registers: at most 168 a thread of 384 (sm_90a: 120 ahead, 192 state, 504 of three), 255 of 256
 //   a chunk, K = 128, V = 128: 8.6 MFLOP for 80 KB read and 16 KB written; the chain of five
 //   dependent products a chunk bounds it, not their number

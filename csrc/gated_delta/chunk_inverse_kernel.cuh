@@ -3,12 +3,13 @@
 // all chunks side by side: the inversion is a long chain of short steps, which four warps alone on
 // an SM, ahead of the state's, cannot hide; and segments, halves of V and the backward share it.
 //
-// CTA = (slot, q/k head), 128 threads, five CTAs an SM (K > 128: three). Of each value head of the group:
+// CTA = (slot, q/k head), 128 threads, five CTAs an SM (K > 128: three). Of each value head of the
+// group:
 //   KK^T (again: kept, it would cost a CTA an SM), decays and beta to A (float, shared memory),
 //   blocks of 16 by substitution, joined in pairs by 3xTF32 (chunk_inverse.cuh), rounded in place
 //   and copied out; warp 3 makes the next head's table
-// Shared memory: k 8 K bytes, A 16 KB, two tables of tokens 4 KB: 36 KB for K = 128. Registers: at
-// most 96: 32 of A, 40 of the blocks.
+// Shared memory: k 128 K bytes, A 16 KB, two tables of tokens 4 KB: 36 KB for K = 128. Registers:
+// at most 96 (K > 128: 168): 32 of A, 40 of the blocks.
 // Bytes: 128 K a slot and q/k head in, 16 KB a slot and value head out. FLOPs: 1.3 M a value head.
 // Bound by latency and the bytes that leave.
 #pragma once

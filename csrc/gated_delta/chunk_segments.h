@@ -49,7 +49,7 @@ struct SegmentChoice {
   // two CTAs (chunk_fwd_rows).
   int64_t pass(int64_t all, int64_t working, int64_t length) const {
     return 2 * all > sms ? ceil_div(working, sms) * (kStart + length * kChunk)
-                              : ceil_div(2 * working, sms) * (kStart + length * kHalfChunk);
+                         : ceil_div(2 * working, sms) * (kStart + length * kHalfChunk);
   }
   // Of segments of that many chunks. The first pass has tiles of K besides those of V, nothing to
   // do for the last segment, and no M for the first.
