@@ -65,8 +65,8 @@ KERNELS = [
     # the second stage of these kernels', and of other operators', sums
     Kernel(r"column_sums_kernel", 3, 64, ("LDG.E", "STG.E")),
     # two CTAs of 7 + 1 warps an SM; float64 has one
-    Kernel(r"mars_kernelIf", 1, 128, ("LDG.E.128", "STG.E.128")),
-    Kernel(r"mars_kernelId", 1, 255, ("LDG.E.128", "STG.E.128")),
+    Kernel(r"mars_kernelIf", 1, 128, ("LDG.E.EF.128", "STG.E.EF.128")),
+    Kernel(r"mars_kernelId", 1, 255, ("LDG.E.EF.128", "STG.E.EF.128")),
     Kernel(r"mars_squares_kernel", 2, 128, ("LDG.E.128",)),
     Kernel(r"mars_upload_kernel", 1, 128, ("STG.E",)),
     # two CTAs of 256 threads an SM, and of 288; on an sm_90 two counters of mma.sync are spilled
