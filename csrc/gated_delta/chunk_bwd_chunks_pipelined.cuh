@@ -14,8 +14,8 @@
 // keys have read E of tile i - 2 when the stage of tile i is full.
 //
 // Shared bytes: 32 KB + 1280 K of tiles (K = 128: 192 KB), 10 KB of scalars. Registers: 232; K / 2
-// each of d and of X or Y, 32 of N or M, 32 of a product in flight; at K = 128 six are spilled for
-// the sums of a head. A product of 64 x 128 next to another one does not fit, and is waited for.
+// each of d and of X or Y, 32 of N or M, 32 of a product in flight. A product of 64 x 128 next to
+// another one does not fit, and is waited for.
 //
 // Per chunk and head at K = V = 128: 16.8 MFLOP, 128 KB, and 64 KB a group: bound by the
 // instructions around the products, 750 a warp and tile of V and 1450 a warp and head.
@@ -493,7 +493,7 @@ __device__ inline void chunk_grads_pipelined(const ChunkBwdCuda& p, const ChunkP
   }
   __syncthreads();
   constexpr int kDown = 40, kUp = 232;
-  static_assert(registers_fit<kDown, kUp, 2>);
+  static_assert(registers_fit(3, kDown + 2 * kUp));
   if (my.role == 2) {
     registers_down<kDown>();
     if (my.warp() == 0) my.scalars_of_heads();

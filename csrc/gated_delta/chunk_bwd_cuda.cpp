@@ -20,9 +20,6 @@ Kernel choose(DType dtype, bool can_sm90, Kernel f32, Kernel bf16, Kernel f16, K
 }
 
 void run(const ChunkBwdCuda& p, void* stream) {
-  const auto check = [](int e) {
-    STD_TORCH_CHECK(e == 0, "gated_delta: ", cudaGetErrorString(cudaError_t(e)));
-  };
   const ChunkCuda& in = p.in;
   const DType dtype = in.q.dtype;
   const bool tma = tma_loads(tma_keys(in, in.q)) && tma_loads(tma_keys(in, in.k)) &&
@@ -33,13 +30,14 @@ void run(const ChunkBwdCuda& p, void* stream) {
   if (in.N && p.segments.chunks) {
     ChunkBwdCuda first = p;
     first.summary = true;
-    check(states(first, stream));
+    check_launch(states(first, stream));
     chunk_scan_cuda({in, p.segments, true}, stream);
   }
-  if (in.N) check(states(p, stream));
+  if (in.N) check_launch(states(p, stream));
   if (in.slots())
-    check(choose(dtype, true, chunk_bwd_chunks_f32, chunk_bwd_chunks_bf16, chunk_bwd_chunks_f16,
-                 chunk_bwd_chunks_bf16_sm90, chunk_bwd_chunks_f16_sm90)(p, stream));
+    check_launch(choose(dtype, true, chunk_bwd_chunks_f32, chunk_bwd_chunks_bf16,
+                        chunk_bwd_chunks_f16, chunk_bwd_chunks_bf16_sm90,
+                        chunk_bwd_chunks_f16_sm90)(p, stream));
   if (p.dA_log) chunk_bwd_sums(p, stream);
 }
 
