@@ -138,7 +138,7 @@ KERNELS = [
     Kernel(r"chunk_grads.*Sm80EfLi(128|192|256)E", 3, 255, ("HMMA.1688.F32.TF32",), stack=640),
     # three warpgroups: 232 registers for two of them
     Kernel(r"chunk_grads.*Sm90.*Li64E", 2, 168, ("HGMMA.64x64x16", "USETMAXREG"), HOPPER),
-    Kernel(r"chunk_grads.*Sm90.*Li128E", 2, 168, ("HGMMA.64x128x16",), HOPPER, stack=24),
+    Kernel(r"chunk_grads.*Sm90.*Li128E", 2, 168, ("HGMMA.64x128x16",), HOPPER),
     Kernel(r"chunk_grads.*Sm90.*Li(192|256)E", 4, 255, ("HGMMA.64x64x16",), HOPPER, stack=200),
     Kernel(r"chunk_bwd_sums_kernel", 1, 40, ("SHFL.BFLY", "DADD")),
     Kernel(r"chunk_zero_tail_kernel", 1, 64, ("STG.E.128",)),
