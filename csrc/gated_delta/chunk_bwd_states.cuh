@@ -473,7 +473,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 }
 
 // ---- launch
-// As many stages as fit, up to three; two V tiles a CTA if that leaves no SM without one.
+// As many stages as fit, up to three; two V tiles a CTA where CTAs of one would not all run at
+// once: a chunk takes both hardly longer than one, as the chain of products is as long.
 template <class M, class C>
 int chunk_bwd_states_launch(const ChunkBwdCuda& p, const StatesMaps<M::kAsync>& maps,
                             void* stream) {
@@ -486,7 +487,7 @@ int chunk_bwd_states_launch(const ChunkBwdCuda& p, const StatesMaps<M::kAsync>& 
   const int64_t length = p.segments.chunks;
   const int64_t chains = (length ? segment_slots(p.in, length) : p.in.N) * s.HV;
   const int64_t tiles = (pad64(s.V) + (p.summary ? pad64(s.K) : 0)) / 64;
-  const int groups = C::kMaxGroups == 2 && tiles % 2 == 0 && chains * tiles / 2 >= sms ? 2 : 1;
+  const int groups = C::kMaxGroups == 2 && tiles % 2 == 0 && chains * tiles > sms ? 2 : 1;
   int stages = 3;
   while (stages > 1 && C::bytes(groups, stages) > most) --stages;
   const int bytes = C::bytes(groups, stages);

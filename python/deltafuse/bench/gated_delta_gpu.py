@@ -109,9 +109,20 @@ ours = logarithmic(gated_delta.chunk_gated_delta_rule)
 reference = logarithmic(gated_delta.naive_chunk_gated_delta_rule)
 
 
-def exact(inputs, cu, run):
-    """The reference's result in float64 for the same numbers."""
-    return run(reference, [x.double() for x in inputs], cu)
+def outer_heads(x, H):
+    """Of [1, T, heads, ...] the heads that belong to the first and to the last of H q/k heads.
+
+    Heads know nothing of each other, and the float64 reference takes seconds for one.
+    """
+    size = x.shape[2] // H
+    return x if H <= 2 else torch.cat((x[:, :, :size], x[:, :, -size:]), 2)
+
+
+def compared(run, tensors, H):
+    """(ours, in float64) pairs of what run(bind, *tensors) returns, for `outer_heads`."""
+    actual = [outer_heads(x, H) for x in run(ours, *tensors)]
+    exact = run(reference, *(outer_heads(x, H).double() for x in tensors))
+    return zip(actual, exact, strict=True)
 
 
 def captured(prepare):
@@ -156,14 +167,14 @@ def case_of(prepare, check):
 def forward_case(shape, device):
     inputs, cu = packed_inputs(shape, device)
 
-    def run(bind, tensors, cu):
-        return bind(tensors, cu)()
+    def run(bind, *tensors):
+        return [bind(tensors, cu)()]
+
+    def check():
+        return [("o", *pair, LIMITS["o"]) for pair in compared(run, inputs, shape["H"])]
 
     binds = {"ours": ours, **rivals(train=False)}
-    return case_of(
-        {name: partial(bind, inputs, cu) for name, bind in binds.items()},
-        lambda: [("o", run(ours, inputs, cu), exact(inputs, cu, run), LIMITS["o"])],
-    )
+    return case_of({name: partial(bind, inputs, cu) for name, bind in binds.items()}, check)
 
 
 def backward_case(shape, device):
@@ -171,10 +182,10 @@ def backward_case(shape, device):
     inputs, cu = packed_inputs(shape, device)
     d_o = torch.randn_like(inputs[2])
 
-    def run(bind, tensors, cu):
-        leaves = [x.detach().requires_grad_() for x in tensors]
-        o = bind(leaves, cu)()
-        return torch.autograd.grad(o, leaves, d_o.to(o.dtype))
+    def run(bind, *tensors):
+        *inputs, d_o = tensors
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        return torch.autograd.grad(bind(leaves, cu)(), leaves, d_o)
 
     def alone(bind):
         leaves = [x.detach().requires_grad_() for x in inputs]
@@ -182,8 +193,8 @@ def backward_case(shape, device):
         return lambda: torch.autograd.grad(o, leaves, d_o, retain_graph=True)
 
     def check():
-        pairs = zip(run(ours, inputs, cu), exact(inputs, cu, run), strict=True)
         names = ("dq", "dk", "dv", "dg", "dbeta")
+        pairs = compared(run, (*inputs, d_o), shape["H"])
         return [(name, *pair, LIMITS[name]) for name, pair in zip(names, pairs, strict=True)]
 
     binds = {"ours": ours, **rivals(train=True)}
