@@ -97,7 +97,10 @@ def _check_tensors(op, x, cu_seqlens, attention_mask, **others):
     _checks.expect_same_device(op, error=TypeError, **given)
     if attention_mask is not None:
         _checks.expect_shape(op, "attention_mask", attention_mask, x.shape[:2], "[B, T]")
-    return _checks.expect_offsets(op, x, cu_seqlens)
+    N = _checks.expect_offsets(op, x, cu_seqlens)
+    if cu_seqlens is not None and _checks.has_values(cu_seqlens):
+        _checks.expect_rising(op, cu_seqlens, x.shape[1])
+    return N
 
 
 def _check_channels(op, x, d, value_channels):

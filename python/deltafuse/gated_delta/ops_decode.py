@@ -8,6 +8,7 @@ from .reference_decode import naive_decode
 OP = "gated_delta_rule_decode"
 MAX_TOKENS = 8
 MAX_CUDA_K = 256
+MAX_CUDA_HEADS = 65535  # dimensions of a grid
 
 _library.register("gated_delta_decode", lambda *args: None)
 
@@ -62,8 +63,8 @@ def gated_delta_rule_decode(
         o [B, T, HV, V] in the dtype of q.
 
     Raises:
-        ValueError, TypeError: for shapes, dtypes, layouts or devices other than these.
-        RuntimeError: on the CPU, for an index beyond the pool.
+        ValueError, TypeError: for shapes, dtypes, layouts or devices other than these; on the CPU
+            also for an index beyond the pool.
     """
     _check(q, k, v, A_log, a, dt_bias, b)
     slot = _check_state(q, v, state, state_v_first)
@@ -76,6 +77,12 @@ def gated_delta_rule_decode(
         _check_written("snapshots", snapshots, (*q.shape[:2], *slot), "[B, T, HV, ...]", state)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     kernel = _library.kernel("gated_delta_decode", q)
+    if _library.runs_cuda(q) and max(q.shape[2], v.shape[2] // q.shape[2]) > MAX_CUDA_HEADS:
+        _checks.fail(
+            OP,
+            f"H and HV / H must be at most {MAX_CUDA_HEADS} on CUDA, got q {tuple(q.shape)} and "
+            f"v {tuple(v.shape)}",
+        )
     if q.is_cuda and (q.shape[3] > MAX_CUDA_K or q.dtype == torch.float64):
         kernel = None
     (kernel or naive_decode)(
@@ -173,6 +180,13 @@ def _check_indices(q, state, state_indices, output_state_indices):
             raise TypeError(f"{OP}: {name} must be int32 or int64, got {tensor.dtype}")
         _checks.expect_shape(OP, name, tensor, q.shape[:1], "[B]")
         _checks.expect_same_device(OP, q=q, **{name: tensor})
+        _check_slots(name, tensor, state.shape[0])
+
+
+def _check_slots(name, slots, P):  # a GPU takes an index beyond the pool for padding
+    visible = _checks.has_values(slots) and not _library.runs_cuda(slots)
+    if visible and any(slot >= P for slot in slots.tolist()):
+        _checks.fail(OP, f"{name} must be below P = {P}, got {slots.tolist()}")
 
 
 def _check_written(name, tensor, shape, meaning, like):
