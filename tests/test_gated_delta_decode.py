@@ -399,11 +399,3 @@ def test_an_index_beyond_the_pool_is_an_error_on_the_cpu(name):
     call = make(2, 1, 1, 1, 8, 8, P=3)
     with pytest.raises(ValueError, match=rf"{name} must be below P = 3, got \[0, 3\]"):
         gated_delta_rule_decode(**call, **{name: torch.tensor([0, 3])})
-
-
-@pytest.mark.emulated
-@pytest.mark.parametrize("H, HV", [(65536, 65536), (1, 65536)])
-def test_more_heads_than_a_grid_has_are_an_error_on_cuda(emulated, H, HV):
-    call = make(1, 1, H, HV, 1, 1)
-    with pytest.raises(ValueError, match=r"H and HV / H must be at most 65535 on CUDA, got q \(1,"):
-        gated_delta_rule_decode(**call)

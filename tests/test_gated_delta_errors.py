@@ -1,4 +1,4 @@
-"""Bad input to the chunked gated delta rule: one clear error before anything runs."""
+"""Bad input to the gated delta rule, chunked or decode: one clear error before anything runs."""
 
 import re
 
@@ -7,7 +7,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import deltafuse
-from deltafuse.gated_delta import chunk_gated_delta_rule, ops
+from deltafuse.gated_delta import chunk_gated_delta_rule, gated_delta_rule_decode, ops
 from gated_delta_cases import Case, make, offsets
 
 CASE = Case(B=2, T=5, H=2, HV=4, K=6, V=8)
@@ -192,3 +192,12 @@ def test_bad_offsets_do_not_reach_other_memory():
 def test_exported_names():
     assert deltafuse.chunk_gated_delta_rule is deltafuse.gated_delta.chunk_gated_delta_rule
     assert deltafuse.gated_delta.chunk_gdn is chunk_gated_delta_rule
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("H, HV", [(65536, 65536), (1, 65536)])
+def test_decode_of_more_heads_than_a_grid_has(emulated, H, HV):
+    q, v, gates = zeros(1, 1, H, 1), zeros(1, 1, HV, 1), zeros(1, 1, HV)
+    message = re.escape(f"H and HV / H must be at most 65535 on CUDA, got q (1, 1, {H}, 1)")
+    with pytest.raises(ValueError, match=message):
+        gated_delta_rule_decode(q, q, v, zeros(1, HV, 1, 1), zeros(HV), gates, zeros(HV), gates)
