@@ -53,7 +53,7 @@ $(VENV)/installed: $(VENV)/torch $(SOURCES)
 	touch $@
 
 $(VENV)/test-tools: $(VENV)/installed
-	$(PIP) pytest pytest-benchmark numpy setuptools cmake ninja $(SASS_TOOLS)
+	$(PIP) pytest pytest-benchmark numpy setuptools cmake ninja transformers==5.24.0 $(SASS_TOOLS)
 	touch $@
 
 $(VENV)/lint-tools: $(VENV)/created
