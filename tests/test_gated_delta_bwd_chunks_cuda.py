@@ -53,6 +53,7 @@ def test_gradients_through_what_is_fused(dtype):
     [
         ("K128_V_cut", torch.bfloat16),
         ("K256_two_tiles", torch.bfloat16),
+        ("K256_two_tiles", torch.float32),
         ("packed", torch.bfloat16),
         ("packed", torch.float32),
     ],

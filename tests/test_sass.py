@@ -129,17 +129,13 @@ KERNELS = [
     Kernel(r"bwd_states.*Sm90.*Li256E", 2, 255, ("HGMMA.64x64x16", "UTMALDG.4D"), HOPPER),
     Kernel(r"chunk_scan.*Li\d+ELi2E", 4, 136, ("HMMA.1688.F32.TF32", "LDS.128", "LDGSTS.E.BYPASS")),
     Kernel(r"chunk_scan.*Li\d+ELi1E", 4, 184, ("HMMA.1688.F32.TF32", "LDS.128", "LDGSTS.E.BYPASS")),
-    # one CTA of 8 or 4 warps an SM. dQ and dK of K > 128 take half of the registers: what is needed
-    # once a tile is spilled; of K = 128 on mma.sync one such number on an sm_90, more of floats
-    Kernel(r"chunk_grads.*Sm80.*f16ELi64E", 2, 255, ("HMMA.16816.F32", "LDGSTS.E.BYPASS.128")),
-    Kernel(r"chunk_grads.*Sm80.*f16ELi128E", 2, 255, ("HMMA.16816.F32", "STG.E.128"), stack=8),
-    Kernel(r"chunk_grads.*Sm80.*f16ELi(192|256)E", 4, 255, ("HMMA.16816.F32",), stack=200),
-    Kernel(r"chunk_grads.*Sm80EfLi64E", 1, 255, ("HMMA.1688.F32.TF32",)),
-    Kernel(r"chunk_grads.*Sm80EfLi(128|192|256)E", 3, 255, ("HMMA.1688.F32.TF32",), stack=640),
+    # one CTA of 8 or 4 warps an SM: dQ and dK of K = 256 take half of the registers
+    Kernel(r"chunk_grads.*Sm80.*f16E", 8, 255, ("HMMA.16816.F32", "LDGSTS.E.BYPASS.128")),
+    Kernel(r"chunk_grads.*Sm80Ef", 4, 255, ("HMMA.1688.F32.TF32", "STG.E.128")),
     # three warpgroups: 232 registers for two of them
     Kernel(r"chunk_grads.*Sm90.*Li64E", 2, 168, ("HGMMA.64x64x16", "USETMAXREG"), HOPPER),
     Kernel(r"chunk_grads.*Sm90.*Li128E", 2, 168, ("HGMMA.64x128x16",), HOPPER),
-    Kernel(r"chunk_grads.*Sm90.*Li(192|256)E", 4, 255, ("HGMMA.64x64x16",), HOPPER, stack=200),
+    Kernel(r"chunk_grads.*Sm90.*Li(192|256)E", 4, 255, ("HGMMA.64x128x16",), HOPPER),
     Kernel(r"chunk_bwd_sums_kernel", 1, 40, ("SHFL.BFLY", "DADD")),
     Kernel(r"chunk_zero_tail_kernel", 1, 64, ("STG.E.128",)),
 ]

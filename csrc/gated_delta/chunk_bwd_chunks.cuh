@@ -21,15 +21,16 @@
 //     -> S0, V, dO, dW of the next tile
 //   3 square += a E^T                              keys: E dS^T
 //     -> dS of the next tile
-// and once a head: dP and dKK (over T'), products with K and Q, sums for dg and dbeta.
+// and once a head: dP and dKK (over T' and E), products with K and Q, sums for dg and dbeta.
 //
-// Shared bytes, 16 bits: 55 KB + 512 K of tiles and scalars, 32 KB for QK^T and KK^T and 32 KB, of
-// K > 128, for `square` between tiles, where they fit (K = 128: 151 KB); K = 256 on mma.sync lets
-// S0 and dS take turns in one buffer. float32: 28 KB + 512 K, twice 8 KB.
+// Shared bytes, 16 bits: 63 KB + 512 K of tiles and scalars, 32 KB for QK^T and KK^T and 32 KB, of
+// K > 128, for `square` between tiles, where they fit (K = 128: 159 KB); K = 256 on mma.sync lets
+// S0 and dS take turns in one buffer. float32: 31 KB + 512 K, twice 8 KB.
 // On wgmma, K <= 128 has two stages of what belongs to a tile: chunk_bwd_chunks_pipelined.cuh.
 //
-// Registers: K / 2 of dQ or dK, 32 each of square and of a product in flight, 16 of an operand; in
-// all 255, and 204 to 232 of 16-bit K = 64. Of K > 128 what is needed once a tile is spilled.
+// Registers: K / 2 of dQ or dK, 32 of square (float32: 16), 32 of a product in flight (K > 128 on
+// mma.sync: 16), 16 of an operand. In all 193 (K = 64) to 255, none of them spilled: few are left
+// for operands on their way, which `multiply` thus loads in loops.
 //
 // Per chunk and head at K = V = 128: 16.8 MFLOP, 128 KB, and 64 KB a group: bound by memory.
 #pragma once
@@ -68,7 +69,7 @@ __device__ inline void chunk_grads_in_phases(const ChunkBwdCuda& p, const ChunkP
   clear<C::kK>(d);
   if constexpr (Tiles::kKeepsGram) {
     Accumulator<C::kC> gram;
-    my.make_gram(gram);
+    my.template make_gram<C::kC>(gram, 0);
     my.keep(Tiles::kGram, gram);
   }
 
@@ -87,15 +88,10 @@ __device__ inline void chunk_grads_in_phases(const ChunkBwdCuda& p, const ChunkP
       if (my.role == 0) {
         my.residuals(t, value_dots);
         const float factor[2] = {p.in.scale * t.gam[my.row(0)], p.in.scale * t.gam[my.row(1)]};
-        my.read_state(tiles.a(0), tiles.s(), tiles.key(0), factor, key_dots, d);
+        my.read_state(tiles.a(0), tiles.s(), factor, key_dots, d);
       } else {
-        Fragment<E, C::kV> y;
-        load_fragment<C::kV>(y, my.own(tiles.a(1)).along_k());
-        scale_fragment<C::kV>(y, {-t.gam[my.row(0)], -t.gam[my.row(1)]});
-        Arch::begin(d, y);
-        Arch::template mma<C::kK, C::kV>(d, y, tiles.s().along_mn());
-        Arch::commit();
-        Arch::template wait<0>(d, y);
+        my.multiply_scaled(d, {-t.gam[my.row(0)], -t.gam[my.row(1)]}, my.own(tiles.a(1)).along_k(),
+                           tiles.s().along_mn());
       }
       Fragment<E, C::kV> a;
       load_fragment<C::kV>(a, my.own(tiles.a(my.role)).along_k());
@@ -125,11 +121,11 @@ __device__ inline void chunk_grads_in_phases(const ChunkBwdCuda& p, const ChunkP
       Arch::template mma<C::kC, C::kV>(square, a, tiles.w().along_k());
       Arch::commit();
       Arch::template wait<0>(square, a);
-      if (Tiles::kKeepsSquare && !last) my.keep(Tiles::kKept, square);
+      if constexpr (Tiles::kKeepsSquare) my.keep(Tiles::kKept, square);
       if (my.role == 1) {
         const float factor[2] = {t.beta[my.row(0)] * t.del[my.row(0)],
                                  t.beta[my.row(1)] * t.del[my.row(1)]};
-        my.read_state(tiles.w(), tiles.ds(), tiles.key(1), factor, key_dots, d);
+        my.read_state(tiles.w(), tiles.ds(), factor, key_dots, d);
       }
       my.barrier();
       if constexpr (C::kOneState) {
@@ -142,18 +138,21 @@ __device__ inline void chunk_grads_in_phases(const ChunkBwdCuda& p, const ChunkP
       if (!last) cp_async_commit();  // of T', which stays
     }
 
-    my.forget();
     Accumulator<C::kC> products;
-    if constexpr (Tiles::kKeepsGram)
-      my.load_kept(Tiles::kGram, products);
-    else
-      my.make_gram(products);
-    my.square_gradients(t, square, products, d);
-    Arch::stores_visible();
+#pragma unroll
+    for (int first = 0; first < C::kC; first += C::kCols) {
+      my.forget();
+      if constexpr (!Tiles::kKeepsGram)
+        my.template make_gram<C::kCols>(
+            reinterpret_cast<float(&)[C::kCols / 8][4]>(products[first / 8]), first);
+      my.template square_gradients<C::kCols>(t, first, square, products);
+    }
+    my.add_rows_of_keys(d);
+    my.rectangle_sums(t, products, scalars.sums[0]);
+    Arch::template wait<0>(d);
     my.barrier();
     my.forget();
     if (my.role == 1) my.add_columns_of_keys(d);
-    my.rectangle_sums(t, products, scalars.sums[0]);
     my.row_sums(t, key_dots, value_dots, inner, scalars.sums[0]);
     my.barrier();
     if (head + 1 < end) my.load_inverse(head + 1);

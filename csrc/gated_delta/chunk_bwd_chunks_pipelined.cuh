@@ -21,62 +21,8 @@
 // instructions around the products, 750 a warp and tile of V and 1450 a warp and head.
 #pragma once
 #include "gated_delta/chunk_grad_phases.cuh"
-#include "gated_delta/chunk_squares.cuh"
 
 namespace df::cuda {
-// What a lane needs of its rows of an accumulator, row and row + 8 of a warp's 16 from `first` on;
-// its columns are col and col + 1 of each 8.
-template <int kC>
-struct LaneRows {
-  int row, col;
-  float2 G[2];
-  __device__ LaneRows(const TokenTable<kC>& t, int first) {
-    const int lane = thread_anew() % 32;
-    row = first + lane / 4, col = lane % 4 * 2;
-    G[0] = t.G[row], G[1] = t.G[row + 8];
-  }
-};
-// d = e^{G_i - G_j} for the columns of tile n; 0 above the diagonal, as in LaneDecays.
-template <int kC>
-__device__ inline void lower_decays(const TokenTable<kC>& t, const LaneRows<kC>& r, int n,
-                                    float (&d)[4]) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int j = 8 * n + r.col + i % 2;
-    const float x = difference(r.G[i / 2], t.G[j]);
-    d[i] = exp2_fast(r.row + i / 2 * 8 >= j ? x : -INFINITY);
-  }
-}
-
-// Where a lane of an accumulator has its two neighbouring elements of each 8 columns in a tile.
-// `first` is that of n = 0 in a tile that starts `offset` bytes before: in tiles at constant
-// distances the units of 16 bytes are changed alike behind the swizzle, which shares addresses.
-template <class T>
-struct TilePairs {
-  uint32_t first, offset;
-  __device__ uint32_t at(int n, int half) const {  // half: 8 rows below, a period of the swizzle
-    constexpr int kBytes = 8 * int(sizeof(typename T::E)), kPerPanel = 128 / kBytes;
-    return (first ^ uint32_t(n % kPerPanel * kBytes)) + offset +
-           uint32_t(n / kPerPanel * T::kRows * 128 + half * 1024);
-  }
-};
-template <class E>
-__device__ inline float2 load_pair_at(uint32_t from) {
-  if constexpr (sizeof(E) == 2) {
-    uint32_t both;
-    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(both) : "r"(from) : "memory");
-    return unpack<E>(both);
-  } else {
-    return sm80::load_two(from);
-  }
-}
-template <class E>
-__device__ inline void store_pair_at(uint32_t to, float x, float y) {
-  if constexpr (sizeof(E) == 2)
-    asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(pack<E>(x, y)) : "memory");
-  else
-    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(x), "f"(y) : "memory");
-}
 // A whole tile from rows `stride` elements apart, by kThreads threads numbered from 0.
 template <int kThreads, class T>
 __device__ inline void copy_tile(const T& tile, const typename T::E* from, int64_t stride,
@@ -171,39 +117,6 @@ struct PipelinedGrads : ChunkGrads<C> {
   }
 
   // ---- phases
-  // This lane's pairs of a tile; tiles with one `anchor` share addresses.
-  template <class T>
-  __device__ TilePairs<T> pairs(const T& tile, uint32_t anchor) const {
-    const uint32_t unit = uint32_t(thread % 4 * 2 * int(sizeof(E)));
-    return {anchor + uint32_t(row(0)) * 128 + (unit ^ permutation<E>(row(0))), tile.base - anchor};
-  }
-  // fn(n, half) for all pairs of an accumulator.
-  template <int kN, class Fn>
-  __device__ static void each_pair(Fn fn) {
-#pragma unroll
-    for (int i = 0; i < kN / 4; ++i) fn(i / 2, i % 2);
-  }
-
-  // W = V - gam o K S0 into w; dots += rows of K S0 times those of dW.
-  __device__ void residuals(const Table& t, float (&dots)[2]) const {
-    Accumulator<kV> x;
-    clear<kV>(x);
-    Arch::begin(x);
-    Arch::template mma<kV, kK>(x, tiles.key(1).along_k(), tiles.s().along_k());
-    Arch::commit();
-    Arch::template wait<0>(x);
-    const Table& norms = scalars.table[0];
-    const float factor[2] = {t.gam[row(0)] * norms.rk[row(0)], t.gam[row(1)] * norms.rk[row(1)]};
-    const auto of_v = pairs(tiles.v(), tiles.stage), of_w = pairs(tiles.w(), tiles.stage);
-    const auto of_dW = pairs(tiles.a(1), tiles.stage);
-    each_pair<kV>([&](int n, int half) {
-      const float x0 = x[n][2 * half], x1 = x[n][2 * half + 1];
-      const float2 v = load_pair_at<E>(of_v.at(n, half)), dW = load_pair_at<E>(of_dW.at(n, half));
-      dots[half] += x0 * dW.x, dots[half] += x1 * dW.y;
-      store_pair_at<E>(of_w.at(n, half), v.x - factor[half] * x0, v.y - factor[half] * x1);
-    });
-  }
-
   __device__ void errors() const {  // E = T' W
     Accumulator<kV> e;
     clear<kV>(e);
@@ -212,116 +125,11 @@ struct PipelinedGrads : ChunkGrads<C> {
     Arch::template mma<kV, kC>(e, tiles.inverse(1).along_k(), tiles.w().along_mn());
     Arch::commit();
     Arch::template wait<0>(e);
-    const auto to = pairs(tiles.e(), tiles.stage);
-    each_pair<kV>([&](int n, int half) {
+    const auto to = this->pairs(tiles.e(), tiles.stage);
+    Base::template each_pair<kV>([&](int n, int half) {
       store_pair_at<E>(to.at(n, half), e[n][2 * half], e[n][2 * half + 1]);
     });
   }
-  // d += factor o x; dots += rows of x times those of q or k.
-  __device__ void add_state(const float (&x)[kK / 8][4], const float (&factor)[2], float (&dots)[2],
-                            float (&d)[kK / 8][4]) const {
-    const auto keys = pairs(tiles.key(role), tiles.base);
-    each_pair<kK>([&](int n, int half) {
-      const float2 y = load_pair_at<E>(keys.at(n, half));
-      const float x0 = x[n][2 * half], x1 = x[n][2 * half + 1];
-      dots[half] += y.x * x0, dots[half] += y.y * x1;
-      d[n][2 * half] += factor[half] * x0;
-      d[n][2 * half + 1] += factor[half] * x1;
-    });
-  }
-
-  // From N or M to dP or dKK, as factors of K: norms of columns included; with those of rows in
-  // their tile, for the products with the transpose; in `gram` without beta, times gram.
-  __device__ void square_gradients(const Table& t, float (&square)[kC / 8][4],
-                                   float (&gram)[kC / 8][4]) const {
-    const Table& norms = scalars.table[0];
-    const float factor = role ? -1.0f : p.in.scale;
-    const LaneRows<kC> rows(t, warp() * 16);
-    const float norm[2] = {role ? norms.rk[rows.row] : norms.rq[rows.row],
-                           role ? norms.rk[rows.row + 8] : norms.rq[rows.row + 8]};
-    const auto to = pairs(tiles.square(role), tiles.base);
-#pragma unroll
-    for (int n = 0; n < kC / 8; ++n) {
-      if (n % 2 == 0) __syncwarp();  // or all columns' factors are loaded at once
-      float e[4], stored[4];
-      lower_decays(t, rows, n, e);
-      const float2 rk = load_pair(norms.rk + 8 * n + rows.col);
-      const float2 beta = load_pair(t.beta + 8 * n + rows.col);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const bool diagonal = rows.row + i / 2 * 8 == 8 * n + rows.col + i % 2;
-        float &x = square[n][i], &y = gram[n][i];
-        x *= (role && diagonal ? 0 : e[i]) * factor;
-        y *= x * (norm[i / 2] * (i % 2 ? rk.y : rk.x));
-        x *= i % 2 ? beta.y : beta.x;
-        stored[i] = x * norm[i / 2];
-        x *= i % 2 ? rk.y : rk.x;
-      }
-      store_pair_at<E>(to.at(n, 0), stored[0], stored[1]);
-      store_pair_at<E>(to.at(n, 1), stored[2], stored[3]);
-    }
-  }
-
-  // Of x, Z without beta, the parts of sum_{i>=t>j} Z_ij: column sums over a warp's rows, for all t
-  // above them, and the sums for the t that are among them. What x holds on the diagonal reaches
-  // the column sums only.
-  __device__ void rectangle_sums(const Table& t, const float (&x)[kC / 8][4],
-                                 ChunkGradSums<C>& sums) const {
-    const int lane = thread % 32, g = lane / 4, q = lane % 4, w = warp();
-    float column[kC / 4];
-#pragma unroll
-    for (int n = 0; n < kC / 4; ++n) column[n] = x[n / 2][n % 2] + x[n / 2][n % 2 + 2];
-    fold_lanes<16>(column, lane & 16, 16);
-    fold_lanes<8>(column, lane & 8, 8);
-    fold_lanes<4>(column, lane & 4, 4);  // now those of tile g
-    float* const to = sums.columns[role][w] + 8 * g + 2 * q;
-    *reinterpret_cast<float2*>(to) = {column[0], column[1]};
-
-    float left[2] = {0, 0}, block[2][4] = {};  // columns before the warp's own 16, and those
-#pragma unroll
-    for (int n = 0; n < kC / 8; ++n) {
-      if (n / 2 > w) continue;
-      const float2 beta = load_pair(t.beta + 8 * n + 2 * q);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float z = x[n][i] * (i % 2 ? beta.y : beta.x);
-        if (n / 2 == w)
-          block[n % 2][i] = z;
-        else
-          left[i / 2] += z;
-      }
-    }
-    float sum[4] = {0, 0, 0, 0};  // columns 2 q, 2 q + 1, and 8 behind
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float before = lane_sum<4>(left[half]);
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        const float z = block[m][2 * half], pair = z + block[m][2 * half + 1];
-        const float next = __shfl_xor_sync(0xffffffffu, pair, 1), two = pair + next;
-        const float others = __shfl_xor_sync(0xffffffffu, two, 2);
-        const float at = before + ((q & 1 ? next : 0) + (q & 2 ? others : 0));
-        if (g + 8 * half >= 8 * m + 2 * q) sum[2 * m] += at;
-        if (g + 8 * half >= 8 * m + 2 * q + 1) sum[2 * m + 1] += at + z;
-        before += two + others;
-      }
-    }
-    fold_lanes<4>(sum, lane & 16, 16);
-    fold_lanes<2>(sum, lane & 8, 8);
-    sum[0] += __shfl_xor_sync(0xffffffffu, sum[0], 4);
-    if (g % 2 == 0) sums.rectangle[role][16 * w + 8 * (g / 4) + 2 * q + g / 2 % 2] = sum[0];
-  }
-  // Sums over two lanes `apart`, each of which keeps half of the numbers: the upper one the second.
-  template <int kCount, int kAll>
-  __device__ static void fold_lanes(float (&x)[kAll], bool upper, int apart) {
-#pragma unroll
-    for (int i = 0; i < kCount / 2; ++i) {
-      const float mine = upper ? x[i + kCount / 2] : x[i];
-      const float other = upper ? x[i] : x[i + kCount / 2];
-      x[i] = mine + __shfl_xor_sync(0xffffffffu, other, apart);
-    }
-  }
-
   // ---- the roles
   __device__ void load_first() {
     this->load_rows(tiles.key(0), this->rows_of(p.in.q, p.in.shape.K), scalars.place.key_head, 0,
@@ -355,7 +163,7 @@ struct PipelinedGrads : ChunkGrads<C> {
       float key_dots[2] = {0, 0}, value_dots[2] = {0, 0};
       for (int v0 = 0; v0 < padded_v; v0 += kV, ++i) {
         enter(i);
-        residuals(t, value_dots);
+        this->residuals(t, value_dots);
         read_dO(x);
         arrive_full(i + 1);  // T' of this tile, too
         this->group_barrier();
@@ -441,13 +249,13 @@ struct PipelinedGrads : ChunkGrads<C> {
                               float (&d)[kK / 8][4]) {
     renumber();
     ChunkGradSums<C>& sums = scalars.sums[head % 2];
-    add_state(x, factor, key_dots, d);
+    this->template add_state<kK>(x, 0, factor, key_dots, d);
     this->row_sums(t, key_dots, value_dots, inner, sums);
     Accumulator<kC> gram;
-    this->make_gram(gram);
+    this->template make_gram<kC>(gram, 0);
     renumber();
     if (role == 0 && head > first) named_barrier_sync(kRowsRead, kBoth);
-    square_gradients(t, square, gram);
+    this->template square_gradients<kC>(t, 0, square, gram);
     Arch::stores_visible();
     Fragment<E, kC> a;
     to_fragment<E, kC>(square, a);
@@ -462,7 +270,7 @@ struct PipelinedGrads : ChunkGrads<C> {
       Arch::template mma<kK, kC>(d, tiles.square(1).along_mn(), tiles.key(1).along_mn());
     }
     Arch::commit();
-    rectangle_sums(t, gram, sums);
+    this->rectangle_sums(t, gram, sums);
     Arch::template wait<0>(d, a);
     if (role == 1 && head + 1 < end) named_barrier_arrive(kRowsRead, kBoth);
     named_barrier_arrive(kSums + head % 2, kBoth + 32);

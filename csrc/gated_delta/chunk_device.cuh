@@ -72,11 +72,6 @@ struct alignas(16) TokenTable {
   float beta[kC];
   float rq[kC], rk[kC];  // 1 / |q|, 1 / |k|, or 1; filled by row_norms
   float chunk_decay;     // e^{G_C}
-
-  // e^{G_i - G_j}
-  __device__ float decay(int i, int j) const {
-    return exp2_fast((G[i].x - G[j].x) + (G[i].y - G[j].y));
-  }
 };
 
 struct Token {

@@ -38,14 +38,22 @@ struct ChunkGrads {
     tiles.base &= ~1023u;  // says that it ends in zeros
     thread = int(threadIdx.x % C::kGroupThreads + zero);
   }
-  template <class T>
-  __device__ uint32_t pairs(const T& tile, int half) const {  // for pair_address
-    return tile.at(row(half), thread % 4 * 2);
-  }
   __device__ int warp() const { return thread / 32; }
-  // where this thread's elements of an accumulator stand
+  // where this thread's elements of an accumulator stand: row(0) and row(1)
   __device__ int row(int half) const { return thread / 32 * 16 + thread % 32 / 4 + 8 * half; }
-  __device__ int column(int n, int i) const { return 8 * n + thread % 4 * 2 + i % 2; }
+
+  // This lane's pairs of a tile; tiles with one `anchor` share addresses.
+  template <class T>
+  __device__ TilePairs<T> pairs(const T& tile, uint32_t anchor) const {
+    const uint32_t unit = uint32_t(thread % 4 * 2 * int(sizeof(E)));
+    return {anchor + uint32_t(row(0)) * 128 + (unit ^ permutation<E>(row(0))), tile.base - anchor};
+  }
+  // fn(n, half) for all pairs of an accumulator.
+  template <int kN, class Fn>
+  __device__ static void each_pair(Fn fn) {
+#pragma unroll
+    for (int i = 0; i < kN / 4; ++i) fn(i / 2, i % 2);
+  }
 
   // A tile as this group's fragment functions must be handed it.
   template <class T>
@@ -126,83 +134,112 @@ struct ChunkGrads {
     barrier();
   }
 
+  // c += a b, C::kWidth columns after the other, C::kStep terms of their sums after the other. That
+  // this is a loop keeps the compiler from loading operands of many steps ahead of their use, which
+  // takes the registers of d.
+  template <int kN, int kSum, Major kMajorA, Major kMajorB>
+  __device__ static void multiply(float (&c)[kN / 8][4], const Operand<E, kMajorA>& a,
+                                  const Operand<E, kMajorB>& b) {
+    constexpr int kStep = C::kStep < kSum ? C::kStep : kSum;
+    constexpr int kWidth = C::kWidth < kN ? C::kWidth : kN;
+    static_assert(kSum % kStep == 0 && kN % kWidth == 0);
+#pragma unroll
+    for (int n = 0; n < kN; n += kWidth)
+#pragma unroll 1
+      for (int k = 0; k < kSum; k += kStep)
+        Arch::template mma<kWidth, kStep>(reinterpret_cast<float(&)[kWidth / 8][4]>(c[n / 8]),
+                                          kMajorA == Major::k ? a.from(0, k) : a.from(k, 0),
+                                          kMajorB == Major::k ? b.from(n, k) : b.from(k, n));
+  }
+  // d += diag(factor) a b, likewise
+  template <Major kMajorA, Major kMajorB>
+  __device__ static void multiply_scaled(float (&d)[kK / 8][4], const float (&factor)[2],
+                                         const Operand<E, kMajorA>& a,
+                                         const Operand<E, kMajorB>& b) {
+    constexpr int kStep = C::kStep;
+#pragma unroll 1
+    for (int k = 0; k < kV; k += kStep) {
+      Fragment<E, kStep> x;
+      load_fragment<kStep>(x, a.from(0, k));
+      scale_fragment<kStep>(x, factor);
+      Arch::begin(d, x);
+      Arch::template mma<kK, kStep>(d, x, b.from(k, 0));
+      Arch::commit();
+      Arch::template wait<0>(d, x);
+    }
+  }
+
   // ---- phases of a tile of V
-  // d += factor o (a S^T) with S^T of `state`; dots += rows of a S^T times those of `key`.
+  // d += factor o x, x of the columns of K from k0 on; dots += rows of x times those of q or k.
+  template <int kN>
+  __device__ void add_state(const float (&x)[kN / 8][4], int k0, const float (&factor)[2],
+                            float (&dots)[2], float (&d)[kK / 8][4]) const {
+    const auto keys = pairs(tiles.key(role), tiles.base);
+    each_pair<kN>([&](int n, int half) {
+      const float2 y = load_pair_at<E>(keys.at(k0 / 8 + n, half));
+      const float x0 = x[n][2 * half], x1 = x[n][2 * half + 1];
+      dots[half] += y.x * x0, dots[half] += y.y * x1;
+      d[k0 / 8 + n][2 * half] += factor[half] * x0;
+      d[k0 / 8 + n][2 * half + 1] += factor[half] * x1;
+    });
+  }
+  // That of x = a S^T with S^T of `state`.
   __device__ void read_state(const typename C::SquareTile& from, const typename C::StateTile& state,
-                             const typename C::KeyTile& key, const float (&factor)[2],
-                             float (&dots)[2], float (&d)[kK / 8][4]) const {
-    Fragment<E, kV> a;
-    if constexpr (C::kFragments) load_fragment<kV>(a, own(from).along_k());
+                             const float (&factor)[2], float (&dots)[2],
+                             float (&d)[kK / 8][4]) const {
 #pragma unroll
     for (int k0 = 0; k0 < kK; k0 += C::kPanel) {
       Accumulator<C::kPanel> x;
       clear<C::kPanel>(x);
-      if constexpr (C::kFragments) {
-        Arch::begin(x, a);
-        Arch::template mma<C::kPanel, kV>(x, a, state.along_mn().from(0, k0));
-        Arch::commit();
-        Arch::template wait<0>(x, a);
-      } else {
-        Arch::begin(x);
-        Arch::template mma<C::kPanel, kV>(x, own(from).along_k(), state.along_mn().from(0, k0));
-        Arch::commit();
-        Arch::template wait<0>(x);
-      }
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t at = pairs(key, half);
-#pragma unroll
-        for (int n = 0; n < C::kPanel / 8; ++n) {
-          const float2 y = load_pair_of<typename C::KeyTile>(at, k0 / 8 + n);
-          const float x0 = x[n][2 * half], x1 = x[n][2 * half + 1];
-          dots[half] += y.x * x0 + y.y * x1;
-          d[k0 / 8 + n][2 * half] += factor[half] * x0;
-          d[k0 / 8 + n][2 * half + 1] += factor[half] * x1;
-        }
-      }
+      Arch::begin(x);
+      multiply<C::kPanel, kV>(x, own(from).along_k(), state.along_mn().from(0, k0));
+      Arch::commit();
+      Arch::template wait<0>(x);
+      add_state<C::kPanel>(x, k0, factor, dots, d);
     }
   }
 
   // W = V - gam o K S0 into w; dots += rows of K S0 times those of dW.
   __device__ void residuals(const TokenTable<kC>& t, float (&dots)[2]) const {
-    Accumulator<kV> x;
-    clear<kV>(x);
-    Arch::begin(x);
-    Arch::template mma<kV, kK>(x, tiles.key(1).along_k(), tiles.s().along_k());
-    Arch::commit();
-    Arch::template wait<0>(x);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float factor = t.gam[row(half)] * scalars.table[0].rk[row(half)];
-      const uint32_t at_v = pairs(tiles.v(), half), at_dW = pairs(tiles.a(1), half);
-      const uint32_t at_w = pairs(tiles.w(), half);
-#pragma unroll
-      for (int n = 0; n < kV / 8; ++n) {
+    for (int v = 0; v < kV; v += C::kCols) {
+      Accumulator<C::kCols> x;
+      clear<C::kCols>(x);
+      Arch::begin(x);
+      multiply<C::kCols, kK>(x, tiles.key(1).along_k(), tiles.s().along_k().from(v, 0));
+      Arch::commit();
+      Arch::template wait<0>(x);
+      const TokenTable<kC>& norms = scalars.table[0];
+      const float factor[2] = {t.gam[row(0)] * norms.rk[row(0)], t.gam[row(1)] * norms.rk[row(1)]};
+      const uint32_t at = tiles.s().base;
+      const auto of_v = pairs(tiles.v(), at), of_w = pairs(tiles.w(), at);
+      const auto of_dW = pairs(tiles.a(1), at);
+      each_pair<C::kCols>([&](int n, int half) {
         const float x0 = x[n][2 * half], x1 = x[n][2 * half + 1];
-        const float2 v = load_pair_of<typename C::SquareTile>(at_v, n);
-        const float2 dW = load_pair_of<typename C::SquareTile>(at_dW, n);
-        dots[half] += x0 * dW.x + x1 * dW.y;
-        store_pair_of<typename C::SquareTile>(at_w, n, v.x - factor * x0, v.y - factor * x1);
-      }
+        n += v / 8;
+        const float2 y = load_pair_at<E>(of_v.at(n, half)), dW = load_pair_at<E>(of_dW.at(n, half));
+        dots[half] += x0 * dW.x, dots[half] += x1 * dW.y;
+        store_pair_at<E>(of_w.at(n, half), y.x - factor[half] * x0, y.y - factor[half] * x1);
+      });
     }
   }
 
   __device__ void errors() const {  // E = T' W, in the place of W
-    Accumulator<kV> e;
-    clear<kV>(e);
-    Arch::begin(e);
-    Arch::template mma<kV, kC>(e, tiles.square(0).along_k(), tiles.w().along_mn());
-    if constexpr (sizeof(E) == 2)
-      Arch::template mma<kV, kC>(e, tiles.square(1).along_k(), tiles.w().along_mn());
-    Arch::commit();
-    Arch::template wait<0>(e);
-    group_barrier();  // W is read
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint32_t at = pairs(tiles.w(), half);
-#pragma unroll
-      for (int n = 0; n < kV / 8; ++n)
-        store_pair_of<typename C::SquareTile>(at, n, e[n][2 * half], e[n][2 * half + 1]);
+    for (int v = 0; v < kV; v += C::kCols) {
+      Accumulator<C::kCols> e;
+      clear<C::kCols>(e);
+      const auto w = tiles.w().along_mn().from(0, v);
+      Arch::begin(e);
+      multiply<C::kCols, kC>(e, tiles.square(0).along_k(), w);
+      if constexpr (sizeof(E) == 2) multiply<C::kCols, kC>(e, tiles.square(1).along_k(), w);
+      Arch::commit();
+      Arch::template wait<0>(e);
+      group_barrier();  // W is read
+      const auto to = pairs(tiles.w(), tiles.base);
+      each_pair<C::kCols>([&](int n, int half) {
+        store_pair_at<E>(to.at(v / 8 + n, half), e[n][2 * half], e[n][2 * half + 1]);
+      });
     }
   }
 
@@ -235,105 +272,140 @@ struct ChunkGrads {
   }
   __device__ void load_kept(int at, float (&x)[kC / 8][4]) const {
 #pragma unroll
-    for (int n = 0; n < kC / 8; ++n) {
-      const uint4 y = load_unit(kept(at, n));
-      x[n][0] = __uint_as_float(y.x), x[n][1] = __uint_as_float(y.y);
-      x[n][2] = __uint_as_float(y.z), x[n][3] = __uint_as_float(y.w);
-    }
+    for (int n = 0; n < kC / 8; ++n) load_kept(at, n, x[n]);
+  }
+  __device__ void load_kept(int at, int n, float (&x)[4]) const {
+    const float4 y = load_shared4(kept(at, n));
+    x[0] = y.x, x[1] = y.y, x[2] = y.z, x[3] = y.w;
   }
 
-  // QK^T or KK^T, not normed: made once where they can be kept, else once a head.
-  __device__ void make_gram(float (&gram)[kC / 8][4]) const {
-    clear<kC>(gram);
+  // QK^T or KK^T, not normed, columns from `first` on: made once where they can be kept, else once
+  // a head.
+  template <int kCols>
+  __device__ void make_gram(float (&gram)[kCols / 8][4], int first) const {
+    clear<kCols>(gram);
     Arch::begin(gram);
-    Arch::template mma<kC, kK>(gram, own(tiles.key(role)).along_k(), tiles.key(1).along_k());
+    multiply<kCols, kK>(gram, own(tiles.key(role)).along_k(),
+                        tiles.key(1).along_k().from(first, 0));
     Arch::commit();
     Arch::template wait<0>(gram);
   }
   // ---- once a head
-  // From N or M to dP or dKK: their part of d, square K; in the place of T' for the products with
-  // the transpose; in `gram` without beta, times gram.
-  __device__ void square_gradients(const TokenTable<kC>& t, float (&square)[kC / 8][4],
-                                   float (&gram)[kC / 8][4], float (&d)[kK / 8][4]) const {
+  // From N or M to dP or dKK, of the columns from `first` on: as factors of K, norms of columns
+  // included, here and, if the product is to find them there, in a tile; with norms of rows in
+  // another one, for the products with the transpose; in `gram` without beta, times gram.
+  template <int kCols>
+  __device__ void square_gradients(const TokenTable<kC>& t, int first, float (&square)[kC / 8][4],
+                                   float (&gram)[kC / 8][4]) const {
     const TokenTable<kC>& norms = scalars.table[0];
     const float factor = role ? -1.0f : p.in.scale;
+    const LaneRows<kC> rows(t, warp() * 16);
+    const float norm[2] = {role ? norms.rk[rows.row] : norms.rq[rows.row],
+                           role ? norms.rk[rows.row + 8] : norms.rq[rows.row + 8]};
+    const auto to = pairs(tiles.square(role), tiles.base);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int r = row(half);
-      const int last = r - role - column(0, 0);  // of the lower triangle, counted from this lane
-      const float norm = role ? norms.rk[r] : norms.rq[r];
-      const uint32_t at = pairs(tiles.square(role), half);
+    for (int n = first / 8; n < (first + kCols) / 8; ++n) {
+      if (n % 2 == 0) __syncwarp();  // or all columns' factors are loaded at once
+      if constexpr (Tiles::kKeepsSquare) load_kept(Tiles::kKept, n, square[n]);
+      if constexpr (Tiles::kKeepsGram) load_kept(Tiles::kGram, n, gram[n]);
+      float e[4], stored[4];
+      lower_decays(t, rows, n, e);
+      const float2 rk = load_pair(norms.rk + 8 * n + rows.col);
+      const float2 beta = load_pair(t.beta + 8 * n + rows.col);
 #pragma unroll
-      for (int n = 0; n < kC / 8; ++n) {
-        float stored[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int col = column(n, i);
-          const bool lower = 8 * n + i <= last;
-          float &x = square[n][2 * half + i], &y = gram[n][2 * half + i];
-          x = lower ? factor * t.decay(r, col) * x : 0.0f;
-          y = lower ? x * y * (norm * norms.rk[col]) : 0.0f;
-          x *= t.beta[col];
-          stored[i] = x * norm;
-          x *= norms.rk[col];
-        }
-        store_pair_of<typename C::SquareTile>(at, n, stored[0], stored[1]);
+      for (int i = 0; i < 4; ++i) {
+        const bool diagonal = rows.row + i / 2 * 8 == 8 * n + rows.col + i % 2;
+        float &x = square[n][i], &y = gram[n][i];
+        x *= (role && diagonal ? 0 : e[i]) * factor;
+        y *= x * (norm[i / 2] * (i % 2 ? rk.y : rk.x));
+        x *= i % 2 ? beta.y : beta.x;
+        stored[i] = x * norm[i / 2];
+        x *= i % 2 ? rk.y : rk.x;
+      }
+      store_pair_at<E>(to.at(n, 0), stored[0], stored[1]);
+      store_pair_at<E>(to.at(n, 1), stored[2], stored[3]);
+      if constexpr (!C::kPipelined) {
+        const auto factors = pairs(tiles.factors(role), tiles.base);
+        store_pair_at<E>(factors.at(n, 0), square[n][0], square[n][1]);
+        store_pair_at<E>(factors.at(n, 1), square[n][2], square[n][3]);
       }
     }
-    Fragment<E, kC> a;
-    to_fragment<E, kC>(square, a);
-    Arch::begin(d, a);
-    Arch::template mma<kK, kC>(d, a, tiles.key(1).along_mn());
+  }
+  __device__ void add_rows_of_keys(float (&d)[kK / 8][4]) const {  // dP K or dKK K
+    Arch::stores_visible();
+    group_barrier();
+    Arch::begin(d);
+    multiply<kK, kC>(d, own(tiles.factors(role)).along_k(), tiles.key(1).along_mn());
     Arch::commit();
-    Arch::template wait<0>(d, a);
   }
   __device__ void add_columns_of_keys(float (&d)[kK / 8][4]) const {  // dP^T Q + dKK^T K
     Arch::begin(d);
-    Arch::template mma<kK, kC>(d, own(tiles.square(0)).along_mn(), tiles.key(0).along_mn());
-    Arch::template mma<kK, kC>(d, own(tiles.square(1)).along_mn(), tiles.key(1).along_mn());
+    multiply<kK, kC>(d, own(tiles.square(0)).along_mn(), tiles.key(0).along_mn());
+    multiply<kK, kC>(d, own(tiles.square(1)).along_mn(), tiles.key(1).along_mn());
     Arch::commit();
     Arch::template wait<0>(d);
   }
 
-  // Column sums of x over rows from t on, for all t; their part left of t, times beta, summed to
-  // `rectangle`. What x holds on the diagonal reaches the column sums only.
-  __device__ void rectangle_sums(const TokenTable<kC>& t, float (&x)[kC / 8][4], Sums& of) const {
-    const int lane = threadIdx.x % 32;
+  // Of x, Z without beta, the parts of sum_{i>=t>j} Z_ij: column sums over a warp's rows, for all t
+  // above them, and the sums for the t that are among them. What x holds on the diagonal reaches
+  // the column sums only.
+  __device__ void rectangle_sums(const TokenTable<kC>& t, const float (&x)[kC / 8][4],
+                                 Sums& sums) const {
+    const int lane = thread % 32, g = lane / 4, q = lane % 4, w = warp();
+    float column[kC / 4];
 #pragma unroll
-    for (int n = 0; n < kC / 8; ++n)
+    for (int n = 0; n < kC / 4; ++n) column[n] = x[n / 2][n % 2] + x[n / 2][n % 2 + 2];
+    fold_lanes<kC / 4>(column, lane & 16, 16);
+    fold_lanes<kC / 8>(column, lane & 8, 8);
+    fold_lanes<kC / 16>(column, lane & 4, 4);
+    float* const to = sums.columns[role][w] + 2 * q;
+    if constexpr (kC == 64)  // now those of tile g
+      *reinterpret_cast<float2*>(to + 8 * g) = {column[0], column[1]};
+    else
+      to[g / 2 * 8 + g % 2] = column[0];
+
+    float left[2] = {0, 0}, block[2][4] = {};  // columns before the warp's own 16, and those
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float upper = x[n][i], below = x[n][i + 2];
+    for (int n = 0; n < kC / 8; ++n) {
+      if (n / 2 > w) continue;
+      const float2 beta = load_pair(t.beta + 8 * n + 2 * q);
 #pragma unroll
-        for (int step = 4; step < 32; step *= 2) {
-          const float next = __shfl_down_sync(0xffffffffu, upper, step);
-          const float next_below = __shfl_down_sync(0xffffffffu, below, step);
-          if (lane + step < 32) upper += next, below += next_below;
-        }
-        upper += __shfl_sync(0xffffffffu, below, lane % 4);
-        if (lane < 4) of.columns[role][warp()][column(n, i)] = upper;
-        x[n][i] = upper, x[n][i + 2] = below;
+      for (int i = 0; i < 4; ++i) {
+        const float z = x[n][i] * (i % 2 ? beta.y : beta.x);
+        if (n / 2 == w)
+          block[n % 2][i] = z;
+        else
+          left[i / 2] += z;
       }
-    group_barrier();
-#pragma unroll
-    for (int w = 1; w < C::kWarps; ++w) {
-      if (w <= warp()) continue;
-#pragma unroll
-      for (int n = 0; n < kC / 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) x[n][i] += of.columns[role][w][column(n, i)];
     }
-    float sums[2] = {0, 0};
-    const int last[2] = {row(0) - column(0, 0), row(1) - column(0, 0)};
-#pragma unroll
-    for (int n = 0; n < kC / 8; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (8 * n + i % 2 < last[i / 2]) sums[i / 2] += t.beta[column(n, i)] * x[n][i];
+    float sum[4] = {0, 0, 0, 0};  // columns 2 q, 2 q + 1, and 8 behind
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float sum = lane_sum<4>(sums[half]);
-      if (lane % 4 == 0) of.rectangle[role][row(half)] = sum;
+      float before = lane_sum<4>(left[half]);
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        const float z = block[m][2 * half], pair = z + block[m][2 * half + 1];
+        const float next = __shfl_xor_sync(0xffffffffu, pair, 1), two = pair + next;
+        const float others = __shfl_xor_sync(0xffffffffu, two, 2);
+        const float at = before + ((q & 1 ? next : 0) + (q & 2 ? others : 0));
+        if (g + 8 * half >= 8 * m + 2 * q) sum[2 * m] += at;
+        if (g + 8 * half >= 8 * m + 2 * q + 1) sum[2 * m + 1] += at + z;
+        before += two + others;
+      }
+    }
+    fold_lanes<4>(sum, lane & 16, 16);
+    fold_lanes<2>(sum, lane & 8, 8);
+    sum[0] += __shfl_xor_sync(0xffffffffu, sum[0], 4);
+    if (g % 2 == 0) sums.rectangle[role][16 * w + 8 * (g / 4) + 2 * q + g / 2 % 2] = sum[0];
+  }
+  // Sums over two lanes `apart`, each of which keeps half of the numbers: the upper one the second.
+  template <int kCount, int kAll>
+  __device__ static void fold_lanes(float (&x)[kAll], bool upper, int apart) {
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) {
+      const float mine = upper ? x[i + kCount / 2] : x[i];
+      const float other = upper ? x[i] : x[i + kCount / 2];
+      x[i] = mine + __shfl_xor_sync(0xffffffffu, other, apart);
     }
   }
 
@@ -419,7 +491,7 @@ struct ChunkGrads {
       const int i = part * 32 + lane;
       rectangle[part] = of.rectangle[0][i] + of.rectangle[1][i];
     }
-    if constexpr (C::kPipelined) add_rectangles_below(t, of, rectangle);
+    add_rectangles_below(t, of, rectangle);
     float sums[2] = {0, 0};
 #pragma unroll
     for (int part = 0; part < kC / 32; ++part) {
@@ -450,25 +522,25 @@ struct ChunkGrads {
 
   // ---- at the end: dq or dk from that of the normed row, through its tile
   __device__ void store_keys(const float (&d)[kK / 8][4]) const {
-    const typename C::KeyTile& tile = tiles.key(role);
+    const typename C::KeyTile tile = tiles.key(role);
+    const auto pair = pairs(tile, tiles.base);
     const TokenTable<kC>& norms = scalars.table[0];
     const ChunkShape& s = p.in.shape;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float r = role ? norms.rk[row(half)] : norms.rq[row(half)];
-      const uint32_t at = pairs(tile, half);
       float along = 0;
 #pragma unroll
       for (int n = 0; n < kK / 8; ++n) {
-        const float2 x = load_pair_of<typename C::KeyTile>(at, n);
+        const float2 x = load_pair_at<E>(pair.at(n, half));
         along += x.x * d[n][2 * half] + x.y * d[n][2 * half + 1];
       }
       along = p.in.l2norm ? r * r * lane_sum<4>(along) : 0;
 #pragma unroll
       for (int n = 0; n < kK / 8; ++n) {
-        const float2 x = load_pair_of<typename C::KeyTile>(at, n);
-        store_pair_of<typename C::KeyTile>(at, n, r * (d[n][2 * half] - x.x * along),
-                                           r * (d[n][2 * half + 1] - x.y * along));
+        const float2 x = load_pair_at<E>(pair.at(n, half));
+        store_pair_at<E>(pair.at(n, half), r * (d[n][2 * half] - x.x * along),
+                         r * (d[n][2 * half + 1] - x.y * along));
       }
     }
     group_barrier();

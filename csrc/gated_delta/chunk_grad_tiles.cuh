@@ -4,6 +4,7 @@
 #include "common/cuda/mma_sm80.cuh"
 #include "gated_delta/chunk_bwd_cuda.h"
 #include "gated_delta/chunk_device.cuh"
+#include "gated_delta/chunk_squares.cuh"
 
 namespace df::cuda {
 template <class Arch_, class E_, int kK_>
@@ -12,12 +13,15 @@ struct ChunkGradConfig {
   using E = E_;
   static constexpr int kK = kK_, kC = sizeof(E) == 2 ? 64 : 32, kV = kC;
   static constexpr int kGroupThreads = 2 * kC, kThreads = 2 * kGroupThreads;
-  static constexpr int kWarps = kC / 16;  // of a group
-  // where registers are rare: products of fewer columns of K at once, operands from shared memory
-  static constexpr int kPanel = !Arch::kAsync && kK > 128 ? 32 : 64;
-  static constexpr bool kFragments = kK <= (Arch::kAsync ? 128 : 64);
-  static constexpr bool kOneState = !Arch::kAsync && sizeof(E) == 2 && kK == 256;
+  static constexpr int kWarps = kC / 16;                         // of a group
   static constexpr bool kPipelined = Arch::kAsync && kK <= 128;  // chunk_bwd_chunks_pipelined.cuh
+  // Where registers are rare, products are of fewer columns of K (kPanel) and of C (kCols) at once;
+  // operands are read for kWidth columns and kStep terms of the sums at once.
+  static constexpr bool kRare = !Arch::kAsync && kK > 128;
+  static constexpr int kPanel = kRare ? 32 : 64, kCols = kRare ? kC / 2 : kC;
+  static constexpr int kStep = kPipelined ? kK : (kRare ? 32 : 64) / int(sizeof(E));
+  static constexpr int kWidth = Arch::kAsync ? kK : sizeof(E) == 4 ? 64 : kK <= 192 ? kK : 128;
+  static constexpr bool kOneState = !Arch::kAsync && sizeof(E) == 2 && kK == 256;
   static constexpr int kLaunched = kThreads + (kPipelined ? 128 : 0);
   using KeyTile = Tile<E, kC, kK>;
   using StateTile = Tile<E, kV, kK>;
@@ -64,7 +68,7 @@ struct ChunkGradTiles {
   using SquareTile = typename C::SquareTile;
   static constexpr int kState = 2 * KeyTile::kBytes;
   static constexpr int kSquare = kState + (C::kOneState ? 1 : 2) * StateTile::kBytes;
-  static constexpr int kScalars = kSquare + 6 * SquareTile::kBytes;
+  static constexpr int kScalars = kSquare + 7 * SquareTile::kBytes;
   // One accumulator a thread, C x C: `square` between the tiles of V where registers are rare,
   // and gram, each where it fits.
   static constexpr int kLimit = (C::Arch::kAsync ? 227 : 163) * 1024;
@@ -86,7 +90,8 @@ struct ChunkGradTiles {
   __device__ SquareTile square(int i) const { return {base + kSquare + i * SquareTile::kBytes}; }
   __device__ SquareTile a(int i) const { return square(2 + i); }  // dO, dW
   __device__ SquareTile v() const { return square(4); }
-  __device__ SquareTile w() const { return square(5); }  // W, then E
+  __device__ SquareTile w() const { return square(5); }                 // W, then E
+  __device__ SquareTile factors(int i) const { return square(6 - i); }  // dP; dKK in E's place
 };
 
 // Likewise of the pipelined kernel, with two stages of what belongs to a tile of V.
@@ -101,6 +106,7 @@ struct ChunkGradStages {
   static constexpr int kScalars = kFirst + 2 * kStage;
   static constexpr int kBytes = kScalars + int(sizeof(ChunkGradScalars<C>) + 15) / 16 * 16;
   static_assert(kBytes <= 227 * 1024);
+  static constexpr bool kKeepsSquare = false, kKeepsGram = false;
   uint32_t base, stage;  // stage: where that of the tile starts
 
   __device__ void enter(int tile) { stage = base + kFirst + uint32_t(tile & 1) * kStage; }
@@ -118,31 +124,54 @@ struct ChunkGradStages {
   __device__ SquareTile e() const { return of_stage(3); }
 };
 
-// The two neighbouring elements of this lane in rows `row` and 8 columns 8 n of a tile, as in an
-// accumulator; `first` is where n = 0 stands. The unit of 16 bytes is changed behind the swizzle.
-template <class T>
-__device__ inline uint32_t pair_address(uint32_t first, int n) {
-  constexpr int kBytes = 8 * int(sizeof(typename T::E)), kPerPanel = 128 / kBytes;
-  return (first ^ uint32_t(n % kPerPanel * kBytes)) + uint32_t(n / kPerPanel * T::kRows * 128);
-}
-template <class T>
-__device__ inline float2 load_pair_of(uint32_t first, int n) {
-  using E = typename T::E;
-  if constexpr (sizeof(E) == 2) {
-    uint32_t both;
-    asm volatile("ld.shared.b32 %0, [%1];"
-                 : "=r"(both)
-                 : "r"(pair_address<T>(first, n))
-                 : "memory");
-    return unpack<E>(both);
-  } else {
-    return sm80::load_two(pair_address<T>(first, n));
+// What a lane needs of its rows of an accumulator, row and row + 8 of a warp's 16 from `first` on;
+// its columns are col and col + 1 of each 8.
+template <int kC>
+struct LaneRows {
+  int row, col;
+  float2 G[2];
+  __device__ LaneRows(const TokenTable<kC>& t, int first) {
+    const int lane = thread_anew() % 32;
+    row = first + lane / 4, col = lane % 4 * 2;
+    G[0] = t.G[row], G[1] = t.G[row + 8];
+  }
+};
+// d = e^{G_i - G_j} for the columns of tile n; 0 above the diagonal, as in LaneDecays.
+template <int kC>
+__device__ inline void lower_decays(const TokenTable<kC>& t, const LaneRows<kC>& r, int n,
+                                    float (&d)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int j = 8 * n + r.col + i % 2;
+    const float x = difference(r.G[i / 2], t.G[j]);
+    d[i] = exp2_fast(r.row + i / 2 * 8 >= j ? x : -INFINITY);
   }
 }
+
+// Where a lane of an accumulator has its two neighbouring elements of each 8 columns in a tile.
+// `first` is that of n = 0 in a tile that starts `offset` bytes before: in tiles at constant
+// distances the units of 16 bytes are changed alike behind the swizzle, which shares addresses.
 template <class T>
-__device__ inline void store_pair_of(uint32_t first, int n, float x, float y) {
-  using E = typename T::E;
-  const uint32_t to = pair_address<T>(first, n);
+struct TilePairs {
+  uint32_t first, offset;
+  __device__ uint32_t at(int n, int half) const {  // half: 8 rows below, a period of the swizzle
+    constexpr int kBytes = 8 * int(sizeof(typename T::E)), kPerPanel = 128 / kBytes;
+    return (first ^ uint32_t(n % kPerPanel * kBytes)) + offset +
+           uint32_t(n / kPerPanel * T::kRows * 128 + half * 1024);
+  }
+};
+template <class E>
+__device__ inline float2 load_pair_at(uint32_t from) {
+  if constexpr (sizeof(E) == 2) {
+    uint32_t both;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(both) : "r"(from) : "memory");
+    return unpack<E>(both);
+  } else {
+    return sm80::load_two(from);
+  }
+}
+template <class E>
+__device__ inline void store_pair_at(uint32_t to, float x, float y) {
   if constexpr (sizeof(E) == 2)
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(pack<E>(x, y)) : "memory");
   else
