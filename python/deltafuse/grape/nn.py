@@ -323,6 +323,7 @@ class GrapeMixture(WideModule):
             T = q.shape[0 if q.dim() == 3 else 1]
             positions = token_positions(T, q.device, start, starts, cu_seqlens)
             positions = positions.squeeze(0) if q.dim() == 3 else positions
+            positions = positions.double()  # once for q and k
         frame = self._frame(cache)
         rotated = tuple(self._rotate(op, x, positions, frame) for x in (q, k) if x is not None)
         if cache is not None:
