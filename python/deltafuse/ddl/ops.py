@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import _checks
+from .._checks import cast
 from . import raw, reference, validation
 from .reference import compute_dtype
 
@@ -22,7 +23,7 @@ def _rewrite(op, x, k, v, beta, beta_erase, options, out=None):
     rows = (layout.state_rows(_wide(x, dtype)), layout.rows(_wide(k, dtype)))
     if out is None:
         y = raw.boundary((*rows, *gates, *[None] * 6), options)[0]
-        return layout.state(y).to(x.dtype)
+        return cast(layout.state(y), x.dtype)
     return _into(op, out, x, layout, rows, gates, options)
 
 
@@ -42,7 +43,7 @@ def _into(op, out, x, layout, rows, gates, options):
 
 def _wide(t, dtype):
     """float64 beside another type is computed in float64."""
-    return t.to(dtype) if dtype == torch.float64 else t
+    return cast(t, dtype) if dtype == torch.float64 else t
 
 
 def _erasing(op, beta, erase, beta_erase):
@@ -181,9 +182,9 @@ def delta_residual(
 def project(x, weight, bias):
     """x weight^T + bias in the compute dtype: the gates' logits are never rounded to 16 bits."""
     dtype = compute_dtype(x)
-    bias = None if bias is None else bias.to(dtype)
+    bias = None if bias is None else cast(bias, dtype)
     with reference.autocast_off(x):
-        return F.linear(x.to(dtype), weight.to(dtype), bias)
+        return F.linear(cast(x, dtype), cast(weight, dtype), bias)
 
 
 def ddl_compress(x, weight=None):
@@ -252,4 +253,4 @@ def cc_weight(weight, read, *, causal=False):
             f"{tuple(weight.shape)} and read {tuple(read.shape)}",
         )
     dtype = compute_dtype(weight, read)
-    return reference.cc_weight(weight.to(dtype), read.to(dtype), causal)
+    return reference.cc_weight(cast(weight, dtype), cast(read, dtype), causal)

@@ -3,6 +3,7 @@
 import torch
 
 from .. import _checks
+from .._checks import cast
 from . import raw, validation
 from .ops import _wide, project
 from .reference import compute_dtype
@@ -24,8 +25,8 @@ def _two_layers(op, c, gate):
     hidden = W1.shape[0]
     _checks.expect_shape(op, "W_beta[0]", W1, (hidden, c.shape[-1]), "[hidden, d]")
     _checks.expect_shape(op, "W_beta[1]", w2, (1, hidden), "[1, hidden]")
-    bias = None if b1 is None else b1.to(c.dtype)
-    inner = torch.tanh(torch.nn.functional.linear(c, W1.to(c.dtype), bias))
+    bias = None if b1 is None else cast(b1, c.dtype)
+    inner = torch.tanh(torch.nn.functional.linear(c, cast(W1, c.dtype), bias))
     return project(inner, w2, b2).squeeze(-1)
 
 
@@ -41,10 +42,10 @@ def _run(op, layout, x, k, gates, weights, two_layers, options):
     state = layout.state_rows(_wide(x, dtype))
     direction = None if k is None else layout.rows(_wide(k, dtype))
     y, x_in, c, z_v, z_beta = raw.boundary((state, direction, *gates, *weights), options)
-    c = layout.back(c.to(act))
+    c = layout.back(cast(c, act))
     z_beta = layout.back(z_beta) if two_layers is None else _two_layers(op, c, two_layers)
-    y = None if y is None else layout.state(y).to(x.dtype)
-    return y, c, layout.back(z_v), z_beta, None if x_in is None else layout.back(x_in.to(act))
+    y = None if y is None else cast(layout.state(y), x.dtype)
+    return y, c, layout.back(z_v), z_beta, None if x_in is None else layout.back(cast(x_in, act))
 
 
 def _gates(op, layout, v_logits, beta_logits, v_activation, v_constant, dtype):
@@ -135,8 +136,17 @@ def ddl_boundary(
 
 
 def _expect_floats(op, weights, **tensors):
-    names = ("read_weight", "norm_weight", "W_v", "b_v", "W_beta", "b_beta")
-    validation.expect_floats(op, **tensors, **dict(zip(names, weights, strict=True)))
+    read, norm, W_v, b_v, W_beta, b_beta = weights
+    validation.expect_floats(
+        op,
+        **tensors,
+        read_weight=read,
+        norm_weight=norm,
+        W_v=W_v,
+        b_v=b_v,
+        W_beta=W_beta,
+        b_beta=b_beta,
+    )
 
 
 def ddl_head(

@@ -17,8 +17,10 @@ def autocast_off(tensor):
 
 
 def compute_dtype(*tensors):
-    wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
-    return torch.float64 if wide else torch.float32
+    for t in tensors:
+        if t is not None and t.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def direction(k, k_eps):

@@ -1,10 +1,11 @@
 """Checks of the boundary's arguments, and their way into rows and back."""
 
-import dataclasses
+from typing import NamedTuple
 
 import torch
 
 from .. import _checks
+from .._checks import cast
 
 MAX_CHANNELS = 16
 V_SOURCES = ("input", "context")
@@ -12,10 +13,7 @@ V_SOURCES = ("input", "context")
 
 def expect_floats(op, **tensors):
     """Every given tensor is real floating point, and all are on one device."""
-    given = {name: t for name, t in tensors.items() if t is not None}
-    for name, tensor in given.items():
-        _checks.expect_float(op, name, tensor)
-    _checks.expect_same_device(op, error=TypeError, **given)
+    _checks.expect_floats(op, error=TypeError, **tensors)
 
 
 def expect_eps(op, **values):
@@ -24,8 +22,7 @@ def expect_eps(op, **values):
             _checks.fail(op, f"{name} must be at least 0, got {value}")
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """How a state's shape maps to rows [N, d, d_v].
 
     Attributes:
@@ -33,14 +30,11 @@ class Layout:
         channels: whether the state has a channel axis; without one d_v = 1.
     """
 
-    leading: tuple
+    leading: torch.Size
+    N: int
     d: int
     d_v: int
     channels: bool
-
-    @property
-    def N(self):
-        return torch.Size(self.leading).numel()
 
     def state_rows(self, x):
         return x.reshape(self.N, self.d, self.d_v)
@@ -58,69 +52,72 @@ class Layout:
 
     def target(self, op, name, v, dtype):
         """v [..., d_v], or [...] where d_v = 1, as rows [N, d_v]."""
-        shapes = [(*self.leading, self.d_v)] + ([self.leading] if self.d_v == 1 else [])
-        return _reshaped(op, name, v, shapes, (self.N, self.d_v), dtype)
+        shape = (*self.leading, self.d_v)
+        if v.shape != shape and (self.d_v > 1 or v.shape != self.leading):
+            _refuse(op, name, v, shape, *([self.leading] if self.d_v == 1 else []))
+        return cast(v, dtype).reshape(self.N, self.d_v)
 
     def gate(self, op, name, beta, dtype):
         """beta [...] or [..., 1] as rows [N]."""
-        return _reshaped(op, name, beta, [self.leading, (*self.leading, 1)], (self.N,), dtype)
+        if beta.shape != self.leading and beta.shape != (*self.leading, 1):
+            _refuse(op, name, beta, self.leading, (*self.leading, 1))
+        return cast(beta, dtype).reshape(self.N)
 
 
-def _reshaped(op, name, t, shapes, rows, dtype):
-    if tuple(t.shape) not in [tuple(s) for s in shapes]:
-        listed = " or ".join(str(tuple(s)) for s in shapes)
-        _checks.fail(op, f"{name} must have shape {listed}, got {tuple(t.shape)}")
-    return t.to(dtype).reshape(rows)
+def _refuse(op, name, t, *shapes):
+    listed = " or ".join(str(tuple(s)) for s in shapes)
+    _checks.fail(op, f"{name} must have shape {listed}, got {tuple(t.shape)}")
 
 
 def layout_with(op, x, k):
     """The layout of x [..., d, d_v] or [..., d] beside k [..., d]."""
-    shape = tuple(x.shape)
-    if k.dim() == 0:
-        _checks.fail(op, f"k must be [..., d], got shape {tuple(k.shape)}")
-    channels = x.dim() == k.dim() + 1
-    if shape[: k.dim()] != tuple(k.shape) or x.dim() > k.dim() + 1:
+    shape, of_k = x.shape, k.shape
+    if not of_k:
+        _checks.fail(op, f"k must be [..., d], got shape {tuple(of_k)}")
+    channels = len(shape) == len(of_k) + 1
+    if (shape[:-1] if channels else shape) != of_k:
         _checks.fail(
             op,
             "x must be [..., d, d_v] or [..., d] with the [..., d] of k, got "
-            f"x {shape} and k {tuple(k.shape)}",
+            f"x {tuple(shape)} and k {tuple(of_k)}",
         )
-    return _layout(op, tuple(k.shape[:-1]), k.shape[-1], shape[-1] if channels else 1, channels)
+    return _layout(op, of_k[:-1], of_k[-1], shape[-1] if channels else 1, channels)
 
 
 def layout_of(op, x, d, d_v):
     """The layout of x [..., d, d_v], or [..., d] where d_v is 1 or None (not known)."""
-    shape = tuple(x.shape)
+    shape = x.shape
     known = (d,) if d_v is None else (d, d_v)
     if d_v is None and len(shape) >= 2 and shape[-2] == d and shape[-1] <= MAX_CHANNELS:
         if shape[-1] == d and d > 1:
-            _checks.fail(op, f"x {shape} could be [..., d] or [..., d, d_v]: give read_weight")
+            _checks.fail(
+                op, f"x {tuple(shape)} could be [..., d] or [..., d, d_v]: give read_weight"
+            )
         return _layout(op, shape[:-2], d, shape[-1], True)
     if d_v is not None and shape[-2:] == (d, d_v):
         return _layout(op, shape[:-2], d, d_v, True)
     if d_v in (1, None) and shape[-1:] == (d,):
         return _layout(op, shape[:-1], d, 1, False)
-    _checks.fail(op, f"x must be [..., d, d_v] with {known} from the weights, got {shape}")
+    _checks.fail(op, f"x must be [..., d, d_v] with {known} from the weights, got {tuple(shape)}")
 
 
 def _layout(op, leading, d, d_v, channels):
     if d == 0 or not 1 <= d_v <= MAX_CHANNELS:
         _checks.fail(op, f"d must be positive and d_v in 1..{MAX_CHANNELS}, got {d} and {d_v}")
-    return Layout(leading, d, d_v, channels)
+    return Layout(leading, leading.numel(), d, d_v, channels)
 
 
 def expect_weights(op, layout, read, norm, W_v, b_v, W_beta, b_beta):
     d, d_v = layout.d, layout.d_v
-    shapes = {
-        "read_weight": (read, (d, d_v), "[d, d_v]"),
-        "norm_weight": (norm, (d,), "[d]"),
-        "W_v": (W_v, (d_v, d), "[d_v, d]"),
-        "b_v": (b_v, (d_v,), "[d_v]"),
-        "W_beta": (W_beta, (1, d), "[1, d]"),
-        "b_beta": (b_beta, (1,), "[1]"),
-    }
-    for name, (tensor, shape, meaning) in shapes.items():
-        if tensor is not None:
+    for name, tensor, shape, meaning in (
+        ("read_weight", read, (d, d_v), "[d, d_v]"),
+        ("norm_weight", norm, (d,), "[d]"),
+        ("W_v", W_v, (d_v, d), "[d_v, d]"),
+        ("b_v", b_v, (d_v,), "[d_v]"),
+        ("W_beta", W_beta, (1, d), "[1, d]"),
+        ("b_beta", b_beta, (1,), "[1]"),
+    ):
+        if tensor is not None and tensor.shape != shape:
             _checks.expect_shape(op, name, tensor, shape, meaning)
     for name, bias, weight in (("b_v", b_v, W_v), ("b_beta", b_beta, W_beta)):
         if bias is not None and weight is None:
