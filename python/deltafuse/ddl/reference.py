@@ -11,7 +11,7 @@ import torch
 def autocast_off(tensor):
     """Within it products keep the dtype of their factors, as they do in the kernels."""
     device = tensor.device.type
-    if torch.amp.is_autocast_available(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
 
