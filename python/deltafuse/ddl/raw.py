@@ -104,9 +104,9 @@ def boundary(tensors, options):
         save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)
         numbers = (options.k_eps, options.norm_eps, options.v_scale)
         act = DTYPES.index(out_dtype)
-        results = kernel(*tensors, act, *numbers, options.flags(save))[:5]
+        results = kernel(*tensors, act, *numbers, options.flags(save))
     present = (k is not None, options.x_in, options.norm, W_v is not None, W_beta is not None)
-    return [t if here else None for t, here in zip(results, present, strict=True)]
+    return [t if here else None for t, here in zip(results, present, strict=False)]
 
 
 def _reference(tensors, options, out_dtype):

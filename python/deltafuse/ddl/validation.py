@@ -2,18 +2,11 @@
 
 from typing import NamedTuple
 
-import torch
-
 from .. import _checks
 from .._checks import cast
 
 MAX_CHANNELS = 16
 V_SOURCES = ("input", "context")
-
-
-def expect_floats(op, **tensors):
-    """Every given tensor is real floating point, and all are on one device."""
-    _checks.expect_floats(op, error=TypeError, **tensors)
 
 
 def expect_eps(op, **values):
@@ -27,28 +20,20 @@ class Layout(NamedTuple):
 
     Attributes:
         leading: the dimensions that N stands for.
-        channels: whether the state has a channel axis; without one d_v = 1.
+        token: leading and d.
     """
 
-    leading: torch.Size
+    leading: tuple
+    token: tuple
     N: int
     d: int
     d_v: int
-    channels: bool
 
     def state_rows(self, x):
         return x.reshape(self.N, self.d, self.d_v)
 
     def rows(self, t):
         return t if t is None else t.reshape(self.N, self.d)
-
-    def state(self, rows):
-        channels = (self.d_v,) if self.channels else ()
-        return None if rows is None else rows.view(*self.leading, self.d, *channels)
-
-    def back(self, rows):
-        """[N, ...] to [leading..., ...]."""
-        return None if rows is None else rows.view(*self.leading, *rows.shape[1:])
 
     def target(self, op, name, v, dtype):
         """v [..., d_v], or [...] where d_v = 1, as rows [N, d_v]."""
@@ -81,7 +66,7 @@ def layout_with(op, x, k):
             "x must be [..., d, d_v] or [..., d] with the [..., d] of k, got "
             f"x {tuple(shape)} and k {tuple(of_k)}",
         )
-    return _layout(op, of_k[:-1], of_k[-1], shape[-1] if channels else 1, channels)
+    return _layout(op, of_k, shape[-1] if channels else 1)
 
 
 def layout_of(op, x, d, d_v):
@@ -93,18 +78,20 @@ def layout_of(op, x, d, d_v):
             _checks.fail(
                 op, f"x {tuple(shape)} could be [..., d] or [..., d, d_v]: give read_weight"
             )
-        return _layout(op, shape[:-2], d, shape[-1], True)
+        return _layout(op, shape[:-1], shape[-1])
     if d_v is not None and shape[-2:] == (d, d_v):
-        return _layout(op, shape[:-2], d, d_v, True)
+        return _layout(op, shape[:-1], d_v)
     if d_v in (1, None) and shape[-1:] == (d,):
-        return _layout(op, shape[:-1], d, 1, False)
+        return _layout(op, shape, 1)
     _checks.fail(op, f"x must be [..., d, d_v] with {known} from the weights, got {tuple(shape)}")
 
 
-def _layout(op, leading, d, d_v, channels):
+def _layout(op, token, d_v):
+    N, (*leading, d) = token[:-1].numel(), token
     if d == 0 or not 1 <= d_v <= MAX_CHANNELS:
         _checks.fail(op, f"d must be positive and d_v in 1..{MAX_CHANNELS}, got {d} and {d_v}")
-    return Layout(leading, leading.numel(), d, d_v, channels)
+    # a torch.Size as the argument of view takes a microsecond more than a tuple
+    return Layout(tuple(leading), tuple(token), N, d, d_v)
 
 
 def expect_weights(op, layout, read, norm, W_v, b_v, W_beta, b_beta):

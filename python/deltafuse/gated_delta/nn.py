@@ -294,7 +294,7 @@ class GatedDeltaNet(nn.Module):
             A_log=self.A_log,
             dt_bias=self.dt_bias,
         )
-        gate = None if self.g_proj is None else self.g_proj(x).view(o.shape)
+        gate = None if self.g_proj is None else self.g_proj(x).view_as(o)
         o = self.o_proj(self.o_norm(o, gate).flatten(-2))
         return o, {"recurrent_state": state, "conv_state": conv_states}
 

@@ -222,7 +222,7 @@ def gated_rms_norm(x, weight, gate=None, eps=1e-5):
         dtype = torch.promote_types(dtype, gate.dtype)
         gate = cast(gate, dtype).reshape(-1, V)
     y = kernel(cast(x, dtype).reshape(-1, V), weight, gate, eps)
-    return cast(y.view(x.shape), x.dtype)
+    return cast(y.view_as(x), x.dtype)
 
 
 # l2norm
@@ -257,7 +257,7 @@ def l2norm(x, eps=1e-6):
     kernel = _library.kernel("l2norm_fwd", x)
     if kernel is None:
         return reference.naive_l2norm(x, eps)
-    return kernel(x.reshape(-1, K), eps).view(x.shape)
+    return kernel(x.reshape(-1, K), eps).view_as(x)
 
 
 # Gate
@@ -305,5 +305,5 @@ def fused_gdn_gate(a, A_log, dt_bias=None, output_dtype=None):
     if kernel is None:
         g = reference.naive_gdn_gate(a, A_log, dt_bias)
     else:
-        g = kernel(a.reshape(-1, HV), A_log, dt_bias).view(a.shape)
+        g = kernel(a.reshape(-1, HV), A_log, dt_bias).view_as(a)
     return g if output_dtype is None else cast(g, output_dtype)

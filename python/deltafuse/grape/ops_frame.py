@@ -29,7 +29,7 @@ def _positions(op, t, x):
             for n, size in zip(reversed(t.shape), reversed(leading), strict=False)
         ):
             _checks.fail(op, f"t must be broadcastable to {tuple(leading)}, got {tuple(t.shape)}")
-        t = t.expand(leading)
+        t = t.expand(*leading)
     t = cast(t, F64)
     return t if x.dim() == 4 else t.unsqueeze(0)
 

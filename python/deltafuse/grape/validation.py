@@ -121,7 +121,7 @@ def as_freqs(op, freqs, axes):
         wanted = "[P] or [H, P]" if axes is None else f"[P, A] or [H, P, A] with A = {axes}"
         _checks.fail(op, f"freqs must be {wanted}, got shape {tuple(given)}")
     if shape != given:
-        freqs = freqs.view(shape)
+        freqs = freqs.view(*shape)
     return freqs if freqs.dtype == torch.float64 else cast(freqs, torch.float32)
 
 
@@ -137,8 +137,8 @@ def as_tables(op, cos, sin, q):
             f"{tuple(cos.shape)} {cos.dtype} and {tuple(sin.shape)} {sin.dtype}",
         )
     if cos.dim() == 2:
-        by_position = (1, cos.shape[0], 1, cos.shape[1])
-        return cos.view(by_position), sin.view(by_position), True
+        rows, P = cos.shape
+        return cos.view(1, rows, 1, P), sin.view(1, rows, 1, P), True
     B, T = q.shape[:2]
     if cos.shape[0] not in (1, B) or cos.shape[1] != T:
         _checks.fail(
