@@ -150,9 +150,11 @@ def causal_conv1d_update(x, state, weight, bias=None, activation="silu"):
     """
     op = "causal_conv1d_update"
     _check_conv(op, x, weight, bias, state, "state", x.shape[0], activation)
-    _checks.expect_same_dtype(op, x=x, state=state)
-    x, state, weight = x.detach(), state.detach(), weight.detach()
-    bias = None if bias is None else bias.detach()
+    if state.dtype != x.dtype:
+        _checks.expect_same_dtype(op, x=x, state=state)
+    x, state, weight, bias = (
+        t.detach() if t is not None and t.requires_grad else t for t in (x, state, weight, bias)
+    )
     kernel = _library.kernel(op, x)
     if kernel is not None:
         return kernel(x, state, weight, bias, activation == "silu")
