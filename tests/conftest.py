@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
-from deltafuse import _library
+from deltafuse import _eager, _library
 
 EMULATED = Path(__file__).parent.parent / "build" / "emulated"
 EMULATED_ARCHS = ("sm80", "sm90a")
@@ -99,6 +99,12 @@ def cpu_isa(request):
         pytest.skip(f"this CPU lacks {request.param}")
     yield request.param
     _library._C.set_cpu_isa(before)
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """registered(): from now on operators run as torch.library has them."""
+    return lambda: monkeypatch.setattr(_eager, "_is_heard", lambda args: True)
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """Boundaries for the tests of the CUDA kernels: inputs, calls, float64 expectations."""
 
-import dataclasses
-
 import torch
 
 from deltafuse import _library
@@ -59,7 +57,7 @@ def call(given, options=FULL, save=False):
 
 
 def reference_options(options):
-    chosen = dataclasses.asdict(options)
+    chosen = options._asdict()
     for name in ("x_in", "norm", "out_dtype"):
         del chosen[name]
     return chosen

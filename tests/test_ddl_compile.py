@@ -18,7 +18,7 @@ def raw_arguments(absent=(), grad=False, **options):
     tensors = [t if i not in absent else None for i, t in enumerate(tensors)]
     if grad:
         tensors = [t if t is None else t.requires_grad_() for t in tensors]
-    chosen = raw.Options(**{**vars(ALL), **options})
+    chosen = ALL._replace(**options)
     numbers = (chosen.k_eps, chosen.norm_eps, chosen.v_scale)
     return *tensors, raw.DTYPES.index(F32), *numbers, chosen.flags(save=grad)
 

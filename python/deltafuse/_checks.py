@@ -1,4 +1,7 @@
-"""Validation of arguments: ValueError or TypeError that names the argument and the shapes."""
+"""Validation of arguments: ValueError or TypeError that names the argument and the shapes.
+
+A good call pays for comparisons alone: names and texts are looked at once one of them fails.
+"""
 
 import torch
 
@@ -11,7 +14,7 @@ def fail(op, message, error=ValueError):
 
 def expect_shape(op, name, tensor, shape, meaning):
     """tensor.shape must equal shape; meaning is its text, for example "[B, T, HV]"."""
-    if tuple(tensor.shape) != tuple(shape):
+    if tensor.shape != shape:
         fail(op, f"{name} must be {meaning} = {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
@@ -25,6 +28,22 @@ def expect_float(op, name, tensor):
         raise TypeError(f"{op}: {name} must be floating point, got {tensor.dtype}")
 
 
+def expect_floats(op, *, error=ValueError, **tensors):
+    """Every given tensor is real floating point, and all are on one device, else `error`."""
+    first = None
+    for tensor in tensors.values():
+        if tensor is not None:
+            first = tensor.device if first is None else first
+            if tensor.dtype not in FLOATS or tensor.device != first:
+                break
+    else:
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            expect_float(op, name, tensor)
+    expect_same_device(op, error=error, **tensors)
+
+
 def expect_same_dtype(op, **tensors):
     """All tensors share one dtype; the message lists each name with its dtype."""
     if len({t.dtype for t in tensors.values()}) > 1:
@@ -33,10 +52,15 @@ def expect_same_dtype(op, **tensors):
 
 
 def expect_same_device(op, *, error=ValueError, **tensors):
-    given = {name: t.device for name, t in tensors.items() if t is not None}
-    if len(set(given.values())) > 1:
+    if len({t.device for t in tensors.values() if t is not None}) > 1:
+        given = {name: t.device for name, t in tensors.items() if t is not None}
         listed = ", ".join(f"{name} on {device}" for name, device in given.items())
         fail(op, f"expected one device, got {listed}", error)
+
+
+def cast(tensor, dtype):
+    """tensor.to(dtype), which takes a microsecond also where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def expect_offsets(op, x, cu_seqlens):

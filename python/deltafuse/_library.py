@@ -9,8 +9,11 @@ import functools
 import os
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+
+from ._eager import Operator
 
 torch.ops.load_library(str(Path(__file__).with_name("libdeltafuse.so")))
 try:
@@ -22,7 +25,8 @@ NATIVE = "deltafuse"
 _namespaces = {"native": NATIVE}
 _current = NATIVE
 _registered = []
-_kernels = set()  # (namespace, operator, device type)
+_operators = {NATIVE: SimpleNamespace()}  # namespace: its operators, as eager mode calls them
+_kernels = {}  # (namespace, operator, device type): the operator
 _not_on_cuda = {}  # operator: dtypes that its CUDA kernel does not take
 _warned = set()
 _backend = os.environ.get("DELTAFUSE_BACKEND", "auto")
@@ -43,11 +47,10 @@ def kernel(name, tensor):
     if name in _not_on_cuda and runs_cuda(tensor) and tensor.dtype in _not_on_cuda[name]:
         return None
     device = tensor.device.type
-    if (_current, name, device) in _kernels:
-        return getattr(getattr(torch.ops, _current), name)
-    if device not in ("cpu", "meta") and _current == NATIVE:
+    operator = _kernels.get((_current, name, device))
+    if operator is None and device not in ("cpu", "meta") and _current == NATIVE:
         _missing(name, device)
-    return None
+    return operator
 
 
 def has_kernel(name, tensor):
@@ -103,12 +106,16 @@ def register_backward(name, fake, public):
 def _register_in(namespace, name, fake, setup_context, backward):
     qualified = f"{namespace}::{name}"
     torch.library.register_fake(qualified, fake)
+    operator = getattr(getattr(torch.ops, namespace), name)
     if backward is not None:
-        backward = functools.partial(backward, getattr(torch.ops, namespace))
-        torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+        registered = functools.partial(backward, getattr(torch.ops, namespace))
+        torch.library.register_autograd(qualified, registered, setup_context=setup_context)
+        eager = functools.partial(backward, _operators[namespace])
+        operator = Operator(operator.default, setup_context, eager)
+    setattr(_operators[namespace], name, operator)
     for key in ("CPU", "CUDA"):
         if torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key):
-            _kernels.add((namespace, name, key.lower()))
+            _kernels[namespace, name, key.lower()] = operator
 
 
 def load_emulated(path, arch):
@@ -116,6 +123,7 @@ def load_emulated(path, arch):
     torch.ops.load_library(str(path))
     namespace = f"deltafuse_emulated_{arch}"
     _namespaces[f"cuda-emulated-{arch}"] = namespace
+    _operators[namespace] = SimpleNamespace()
     for entry in _registered:
         _register_in(namespace, *entry)
 

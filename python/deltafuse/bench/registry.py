@@ -1,6 +1,6 @@
 """All benchmarks by name. A new operator adds its module's entries here."""
 
-from . import ddl, gated_delta, gated_delta_gpu, grape, grape_frame, layer, mars, model
+from . import ddl, gated_delta, gated_delta_gpu, grape, grape_frame, host, layer, mars, model
 from .case import Benchmark, Case
 
 REGISTRY = {
@@ -12,6 +12,7 @@ REGISTRY = {
     **grape.ENTRIES,
     **grape_frame.ENTRIES,
     **model.ENTRIES,
+    **host.ENTRIES,
 }
 __all__ = ["REGISTRY", "Benchmark", "Case", "meant_for"]
 

@@ -127,11 +127,15 @@ class DeepDeltaResidual(nn.Module):
 
     def projections(self):
         """W_v, b_v, W_beta, b_beta as `ddl_boundary` takes them; v_proj is None for a constant."""
-        v = (None, None) if self.v_constant is not None else (self.v_proj.weight, self.v_proj.bias)
+        v = (None, None)
+        if self.v_constant is None:
+            v_proj = self.v_proj
+            v = (v_proj.weight, v_proj.bias)
         if self.two_layers:
             outer = self.beta_out
             return *v, (self.beta_in.weight, outer.weight), (None, outer.bias)
-        return *v, self.beta.weight, self.beta.bias
+        beta = self.beta
+        return *v, beta.weight, beta.bias
 
     def rewrite_options(self):
         """The keyword arguments of `ddl_boundary` that belong to this connection's rewrite."""

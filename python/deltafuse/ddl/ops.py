@@ -4,13 +4,14 @@ import torch
 import torch.nn.functional as F
 
 from .. import _checks
+from .._checks import cast
 from . import raw, reference, validation
 from .reference import compute_dtype
 
 
 def _rewrite(op, x, k, v, beta, beta_erase, options, out=None):
     """Checks, the rewrite on rows, and the shape of x again."""
-    validation.expect_floats(op, x=x, k=k, v=v, beta=beta, beta_erase=beta_erase)
+    _checks.expect_floats(op, error=TypeError, x=x, k=k, v=v, beta=beta, beta_erase=beta_erase)
     validation.expect_eps(op, k_eps=options.k_eps)
     layout = validation.layout_with(op, x, k)
     dtype = compute_dtype(x, k)
@@ -22,7 +23,7 @@ def _rewrite(op, x, k, v, beta, beta_erase, options, out=None):
     rows = (layout.state_rows(_wide(x, dtype)), layout.rows(_wide(k, dtype)))
     if out is None:
         y = raw.boundary((*rows, *gates, *[None] * 6), options)[0]
-        return layout.state(y).to(x.dtype)
+        return cast(y.view_as(x), x.dtype)
     return _into(op, out, x, layout, rows, gates, options)
 
 
@@ -31,7 +32,7 @@ def _into(op, out, x, layout, rows, gates, options):
         raise RuntimeError(f"{op}: writing into a tensor has no gradient; use torch.no_grad()")
     _checks.expect_shape(op, "out", out, x.shape, "the shape of x")
     _checks.expect_same_dtype(op, x=x, out=out)
-    validation.expect_floats(op, x=x, out=out)
+    _checks.expect_floats(op, error=TypeError, x=x, out=out)
     direct = rows[0].dtype == x.dtype and out.is_contiguous()
     to = out.view(rows[0].shape) if direct else torch.empty_like(rows[0])
     raw.rewrite_out(*rows, *gates, to.detach(), options)
@@ -42,7 +43,7 @@ def _into(op, out, x, layout, rows, gates, options):
 
 def _wide(t, dtype):
     """float64 beside another type is computed in float64."""
-    return t.to(dtype) if dtype == torch.float64 else t
+    return cast(t, dtype) if dtype == torch.float64 else t
 
 
 def _erasing(op, beta, erase, beta_erase):
@@ -165,7 +166,7 @@ def delta_residual(
         ValueError, TypeError: as `delta_rewrite`.
     """
     op = "delta_residual"
-    validation.expect_floats(op, x=x, k_in=k_in, v_in=v_in, context=context, W_v=W_v)
+    _checks.expect_floats(op, error=TypeError, x=x, k_in=k_in, v_in=v_in, context=context, W_v=W_v)
     layout = validation.layout_with(op, x, k_in)
     validation.expect_weights(op, layout, None, None, W_v, b_v, W_beta, b_beta)
     for name, source in (("v_in", v_in), ("context", context)):
@@ -181,9 +182,9 @@ def delta_residual(
 def project(x, weight, bias):
     """x weight^T + bias in the compute dtype: the gates' logits are never rounded to 16 bits."""
     dtype = compute_dtype(x)
-    bias = None if bias is None else bias.to(dtype)
+    bias = None if bias is None else cast(bias, dtype)
     with reference.autocast_off(x):
-        return F.linear(x.to(dtype), weight.to(dtype), bias)
+        return F.linear(cast(x, dtype), cast(weight, dtype), bias)
 
 
 def ddl_compress(x, weight=None):
@@ -201,7 +202,7 @@ def ddl_compress(x, weight=None):
         TypeError: tensors that are not real floating point, or on several devices.
     """
     op = "ddl_compress"
-    validation.expect_floats(op, x=x, weight=weight)
+    _checks.expect_floats(op, error=TypeError, x=x, weight=weight)
     if weight is None:
         if x.dim() < 2:
             _checks.fail(op, f"x must be [..., d, d_v], got shape {tuple(x.shape)}")
@@ -210,7 +211,7 @@ def ddl_compress(x, weight=None):
         _checks.expect_dim(op, "weight", weight, 2, "[d, d_v]")
         layout = validation.layout_of(op, x, *weight.shape)
     tensors = (layout.state_rows(x), *[None] * 4, weight, *[None] * 5)
-    return layout.back(raw.boundary(tensors, raw.Options(x_in=True))[1])
+    return raw.boundary(tensors, raw.Options(x_in=True))[1].view(layout.token)
 
 
 def ddl_compress_cc(x, weight, read, *, causal=False):
@@ -232,7 +233,7 @@ def ddl_compress_cc(x, weight, read, *, causal=False):
         TypeError: tensors that are not real floating point, or on several devices.
     """
     op = "ddl_compress_cc"
-    validation.expect_floats(op, x=x, weight=weight, read=read)
+    _checks.expect_floats(op, error=TypeError, x=x, weight=weight, read=read)
     return ddl_compress(x, cc_weight(weight, read, causal=causal))
 
 
@@ -252,4 +253,4 @@ def cc_weight(weight, read, *, causal=False):
             f"{tuple(weight.shape)} and read {tuple(read.shape)}",
         )
     dtype = compute_dtype(weight, read)
-    return reference.cc_weight(weight.to(dtype), read.to(dtype), causal)
+    return reference.cc_weight(cast(weight, dtype), cast(read, dtype), causal)

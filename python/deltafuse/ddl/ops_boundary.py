@@ -3,6 +3,7 @@
 import torch
 
 from .. import _checks
+from .._checks import cast
 from . import raw, validation
 from .ops import _wide, project
 from .reference import compute_dtype
@@ -20,12 +21,12 @@ def _projections(W_beta, b_beta):
 def _two_layers(op, c, gate):
     """w2 tanh(W1 c + b1) + b2; tanh in the dtype of c, as in the paper's repository."""
     W1, b1, w2, b2 = gate
-    validation.expect_floats(op, c=c, W1=W1, b1=b1, w2=w2, b2=b2)
+    _checks.expect_floats(op, error=TypeError, c=c, W1=W1, b1=b1, w2=w2, b2=b2)
     hidden = W1.shape[0]
     _checks.expect_shape(op, "W_beta[0]", W1, (hidden, c.shape[-1]), "[hidden, d]")
     _checks.expect_shape(op, "W_beta[1]", w2, (1, hidden), "[1, hidden]")
-    bias = None if b1 is None else b1.to(c.dtype)
-    inner = torch.tanh(torch.nn.functional.linear(c, W1.to(c.dtype), bias))
+    bias = None if b1 is None else cast(b1, c.dtype)
+    inner = torch.tanh(torch.nn.functional.linear(c, cast(W1, c.dtype), bias))
     return project(inner, w2, b2).squeeze(-1)
 
 
@@ -41,10 +42,14 @@ def _run(op, layout, x, k, gates, weights, two_layers, options):
     state = layout.state_rows(_wide(x, dtype))
     direction = None if k is None else layout.rows(_wide(k, dtype))
     y, x_in, c, z_v, z_beta = raw.boundary((state, direction, *gates, *weights), options)
-    c = layout.back(c.to(act))
-    z_beta = layout.back(z_beta) if two_layers is None else _two_layers(op, c, two_layers)
-    y = None if y is None else layout.state(y).to(x.dtype)
-    return y, c, layout.back(z_v), z_beta, None if x_in is None else layout.back(x_in.to(act))
+    c = cast(c.view(layout.token), act)
+    if two_layers is not None:
+        z_beta = _two_layers(op, c, two_layers)
+    elif z_beta is not None:
+        z_beta = z_beta.view(layout.leading)
+    y = None if y is None else cast(y.view_as(x), x.dtype)
+    z_v = None if z_v is None else z_v.view(*layout.leading, layout.d_v)
+    return y, c, z_v, z_beta, None if x_in is None else cast(x_in.view(layout.token), act)
 
 
 def _gates(op, layout, v_logits, beta_logits, v_activation, v_constant, dtype):
@@ -114,7 +119,7 @@ def ddl_boundary(
     op = "ddl_boundary"
     W_beta, b_beta, two_layers = _projections(W_beta, b_beta)
     weights = (read_weight, norm_weight, W_v, b_v, W_beta, b_beta)
-    _expect_floats(op, weights, x=x, k=k, v_logits=v_logits, beta_logits=beta_logits)
+    _expect_floats(op, x, k, v_logits, beta_logits, *weights)
     layout = validation.layout_with(op, x, k)
     validation.expect_weights(op, layout, *weights)
     validation.expect_eps(op, k_eps=k_eps)
@@ -134,9 +139,21 @@ def ddl_boundary(
     return (y, *rest, x_in) if return_x_in else (y, *rest)
 
 
-def _expect_floats(op, weights, **tensors):
-    names = ("read_weight", "norm_weight", "W_v", "b_v", "W_beta", "b_beta")
-    validation.expect_floats(op, **tensors, **dict(zip(names, weights, strict=True)))
+def _expect_floats(op, x, k, v_logits, beta_logits, read, norm, W_v, b_v, W_beta, b_beta):
+    _checks.expect_floats(
+        op,
+        error=TypeError,
+        x=x,
+        k=k,
+        v_logits=v_logits,
+        beta_logits=beta_logits,
+        read_weight=read,
+        norm_weight=norm,
+        W_v=W_v,
+        b_v=b_v,
+        W_beta=W_beta,
+        b_beta=b_beta,
+    )
 
 
 def ddl_head(
@@ -171,7 +188,7 @@ def ddl_head(
     op = "ddl_head"
     W_beta, b_beta, two_layers = _projections(W_beta, b_beta)
     weights = (read_weight, norm_weight, W_v, b_v, W_beta, b_beta)
-    _expect_floats(op, weights, x=x)
+    _expect_floats(op, x, None, None, None, *weights)
     layout = _layout_of_head(op, x, read_weight, norm_weight, W_v)
     validation.expect_weights(op, layout, *weights)
     options = _options(

@@ -10,6 +10,7 @@ run the reference.
 import torch
 
 from .. import _checks, _library
+from .._checks import cast
 from . import reference_time as reference
 from .reference_time import compute_dtype
 from .validation import MAX_CHANNELS
@@ -90,11 +91,10 @@ _library.not_on_cuda(torch.float64, "ddl_tc_fwd", "ddl_ec_fwd", "token_shift_fwd
 
 def _check_tensors(op, x, cu_seqlens, attention_mask, **others):
     """Types, devices, offsets and mask; the number of sequences."""
-    for name, tensor in {"x": x, **others}.items():
-        if tensor is not None:
-            _checks.expect_float(op, name, tensor)
-    given = {"x": x, **others, "cu_seqlens": cu_seqlens, "attention_mask": attention_mask}
-    _checks.expect_same_device(op, error=TypeError, **given)
+    _checks.expect_floats(op, error=TypeError, x=x, **others)
+    if cu_seqlens is not None or attention_mask is not None:
+        given = {"x": x, "cu_seqlens": cu_seqlens, "attention_mask": attention_mask}
+        _checks.expect_same_device(op, error=TypeError, **given)
     if attention_mask is not None:
         _checks.expect_shape(op, "attention_mask", attention_mask, x.shape[:2], "[B, T]")
     N = _checks.expect_offsets(op, x, cu_seqlens)
@@ -196,7 +196,7 @@ def ddl_compress_tc(
         y, final = reference.naive_compress_tc(x, weight, read, cu_seqlens, initial_state)
     else:
         dtype = compute_dtype(x)
-        taps = weight.to(dtype).unflatten(0, (d, dv)) * read.to(dtype)[:, None]
+        taps = cast(weight, dtype).unflatten(0, (d, dv)) * cast(read, dtype)[:, None]
         w = taps.flip(2).permute(2, 0, 1)
         y, final = kernel(x, w, initial_state, cu_seqlens, output_final_state)
     y = _filled(y, None if hidden is None else hidden[..., 0])
@@ -259,7 +259,7 @@ def ddl_expand(
     elif kernel is None:
         y, final = reference.naive_expand(x, weight, dv, cu_seqlens, initial_state)
     else:
-        taps = weight.to(compute_dtype(x)).squeeze(1).unflatten(0, (d, dv))
+        taps = cast(weight, compute_dtype(x)).squeeze(1).unflatten(0, (d, dv))
         w = taps.flip(2).permute(2, 0, 1)
         y, final = kernel(x, w, initial_state, cu_seqlens, output_final_state)
     y = _filled(y, None if hidden is None else hidden[..., None])

@@ -1,6 +1,6 @@
 """The boundary as one differentiable operator on rows, and the choice of its backend."""
 
-import dataclasses
+from typing import NamedTuple
 
 import torch
 
@@ -12,8 +12,7 @@ V_LOGITS, BETA_LOGITS, NORMALIZE_K, V_FROM_CONTEXT, X_IN, NORM, SAVE = (1 << i f
 _TENSORS = 11  # x to b_beta
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """What the operator does beside its tensors."""
 
     k_eps: float = 1e-5
@@ -28,16 +27,15 @@ class Options:
     out_dtype: torch.dtype | None = None
 
     def flags(self, save=False):
-        given = (
-            self.v_logits,
-            self.beta_logits,
-            self.normalize_k,
-            self.v_from_context,
-            self.x_in,
-            self.norm,
-            save,
+        return (
+            V_LOGITS * bool(self.v_logits)
+            | BETA_LOGITS * bool(self.beta_logits)
+            | NORMALIZE_K * bool(self.normalize_k)
+            | V_FROM_CONTEXT * bool(self.v_from_context)
+            | X_IN * bool(self.x_in)
+            | NORM * bool(self.norm)
+            | SAVE * bool(save)
         )
-        return sum(bool(on) << i for i, on in enumerate(given))
 
 
 def _fwd_fake(
@@ -103,17 +101,16 @@ def boundary(tensors, options):
     if kernel is None:
         results = _reference(tensors, options, out_dtype)
     else:
-        given = [t for t in tensors if t is not None]
-        save = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+        save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)
         numbers = (options.k_eps, options.norm_eps, options.v_scale)
         act = DTYPES.index(out_dtype)
-        results = kernel(*tensors, act, *numbers, options.flags(save))[:5]
+        results = kernel(*tensors, act, *numbers, options.flags(save))
     present = (k is not None, options.x_in, options.norm, W_v is not None, W_beta is not None)
-    return [t if here else None for t, here in zip(results, present, strict=True)]
+    return [t if here else None for t, here in zip(results, present, strict=False)]
 
 
 def _reference(tensors, options, out_dtype):
-    chosen = dataclasses.asdict(options)
+    chosen = options._asdict()
     for name in ("x_in", "norm", "out_dtype"):
         del chosen[name]
     with reference.autocast_off(tensors[0]):

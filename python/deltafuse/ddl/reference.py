@@ -11,14 +11,16 @@ import torch
 def autocast_off(tensor):
     """Within it products keep the dtype of their factors, as they do in the kernels."""
     device = tensor.device.type
-    if torch.amp.is_autocast_available(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
 
 
 def compute_dtype(*tensors):
-    wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
-    return torch.float64 if wide else torch.float32
+    for t in tensors:
+        if t is not None and t.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def direction(k, k_eps):

@@ -1,7 +1,7 @@
 """Runs sub-layers on a state: one boundary between any two, a head before and a tail after."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from torch import nn
 
@@ -14,8 +14,7 @@ from .ops_boundary import ddl_boundary, ddl_head
 SAVES = ("output", "invert")
 
 
-@dataclasses.dataclass(frozen=True)
-class ReadOut:
+class ReadOut(NamedTuple):
     """What is taken from a state: read-out, norm, and the logits of the gates where there are any.
 
     Attributes:
@@ -37,8 +36,7 @@ class ReadOut:
         return self.compress is not None and self.compress.mode == "tc"
 
 
-@dataclasses.dataclass(frozen=True)
-class Sequences:
+class Sequences(NamedTuple):
     """What compressors over time need beside a state.
 
     Attributes:
@@ -61,8 +59,7 @@ class Sequences:
         return read
 
 
-@dataclasses.dataclass(frozen=True)
-class Runner:
+class Runner(NamedTuple):
     """How boundaries are computed.
 
     Attributes:
@@ -119,8 +116,7 @@ class Runner:
         return tape.boundary(Step(ddl, None, self.fuse), index, x, (k, *logits))[0]
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One boundary as a function of tensors alone: state, k, logits, weights of the read-out.
 
     Attributes:
@@ -227,5 +223,5 @@ def read_outs_of(blocks):
         if not isinstance(block, nn.Module) or not hasattr(block, "read_outs"):
             _checks.fail("DDLStack", f"a block must be a DDLBlock or DDLWrapper, got {type(block)}")
         for place, target in enumerate(block.read_outs()):
-            targets.append(dataclasses.replace(target, key=(index, place)))
+            targets.append(target._replace(key=(index, place)))
     return targets

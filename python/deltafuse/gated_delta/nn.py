@@ -271,9 +271,9 @@ class GatedDeltaNet(nn.Module):
             q, k, v, conv_states = self._convolved(x, conv_states, use_cache, cu_seqlens)
         else:
             q, k, v = self._convolved_over_ranks(x, cp_context)
-        q = q.unflatten(-1, (self.num_heads, self.head_k_dim))
-        k = k.unflatten(-1, (self.num_heads, self.head_k_dim))
-        v = v.unflatten(-1, (self.num_v_heads, self.head_v_dim))
+        q = q.view(*q.shape[:2], self.num_heads, self.head_k_dim)
+        k = k.view(*k.shape[:2], self.num_heads, self.head_k_dim)
+        v = v.view(*v.shape[:2], self.num_v_heads, self.head_v_dim)
         recurrent = self.mode == "fused_recurrent" or (T <= SHORT and not self.training)
         rule = fused_recurrent_gated_delta_rule if recurrent else chunk_gated_delta_rule
         if cp_context is not None:
@@ -294,7 +294,7 @@ class GatedDeltaNet(nn.Module):
             A_log=self.A_log,
             dt_bias=self.dt_bias,
         )
-        gate = None if self.g_proj is None else self.g_proj(x).view(o.shape)
+        gate = None if self.g_proj is None else self.g_proj(x).view_as(o)
         o = self.o_proj(self.o_norm(o, gate).flatten(-2))
         return o, {"recurrent_state": state, "conv_state": conv_states}
 

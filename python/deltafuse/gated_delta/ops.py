@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from .. import _library
+from .._checks import cast
 from . import reference, segments
 from .context_parallel import offsets_of, run_parallel
 from .validation import (
@@ -354,7 +355,7 @@ def gate_dtype(q, tensor):
     """g and beta may have any float dtype; float64 goes with float64 q only."""
     if (q.dtype == torch.float64) == (tensor.dtype == torch.float64):
         return tensor
-    return tensor.to(reference.compute_dtype(q))
+    return cast(tensor, reference.compute_dtype(q))
 
 
 def _read_states(state, indices, dtype):
@@ -364,7 +365,7 @@ def _read_states(state, indices, dtype):
     if indices is not None:
         used = (indices >= 0).view(-1, 1, 1, 1)
         state = torch.where(used, state[indices.clamp(min=0).long()], 0)
-    return state.to(dtype)
+    return cast(state, dtype)
 
 
 def write_states(output, indices, final):
@@ -373,7 +374,7 @@ def write_states(output, indices, final):
     A row to skip writes what the first other row writes, to the same place, or, if all are to be
     skipped, the pool's first row to itself: no wait for the device, and a defined result.
     """
-    final = final.detach().to(output.dtype)
+    final = cast(final.detach(), output.dtype)
     with torch.no_grad():
         if indices is None:
             output.copy_(final)

@@ -7,6 +7,7 @@ the arguments into the raw shape, and falls back on the reference.
 import torch
 
 from .. import _checks, _library
+from .._checks import cast
 from . import reference_layer as reference
 from .reference import compute_dtype
 
@@ -68,10 +69,7 @@ _library.not_on_cuda(torch.float64, "causal_conv1d_fwd", "causal_conv1d_update")
 
 def _check_conv(op, x, weight, bias, state, state_name, N, activation):
     """x [B, T, D], weight [D, W] with W in 2..8, bias [D], states [N, D, W - 1]."""
-    given = {"x": x, "weight": weight, "bias": bias, state_name: state}
-    for name, tensor in given.items():
-        if tensor is not None:
-            _checks.expect_float(op, name, tensor)
+    _checks.expect_floats(op, x=x, weight=weight, bias=bias, **{state_name: state})
     _checks.expect_dim(op, "x", x, 3, "[B, T, D]")
     _checks.expect_dim(op, "weight", weight, 2, "[D, W]")
     D, W = x.shape[2], weight.shape[1]
@@ -82,7 +80,6 @@ def _check_conv(op, x, weight, bias, state, state_name, N, activation):
         _checks.expect_shape(op, "bias", bias, (D,), "[D]")
     if state is not None:
         _checks.expect_shape(op, state_name, state, (N, D, W - 1), "[N, D, W - 1]")
-    _checks.expect_same_device(op, **given)
     if activation not in (None, "silu"):
         _checks.fail(op, f"activation must be 'silu' or None, got {activation!r}")
 
@@ -153,9 +150,11 @@ def causal_conv1d_update(x, state, weight, bias=None, activation="silu"):
     """
     op = "causal_conv1d_update"
     _check_conv(op, x, weight, bias, state, "state", x.shape[0], activation)
-    _checks.expect_same_dtype(op, x=x, state=state)
-    x, state, weight = x.detach(), state.detach(), weight.detach()
-    bias = None if bias is None else bias.detach()
+    if state.dtype != x.dtype:
+        _checks.expect_same_dtype(op, x=x, state=state)
+    x, state, weight, bias = (
+        t.detach() if t is not None and t.requires_grad else t for t in (x, state, weight, bias)
+    )
     kernel = _library.kernel(op, x)
     if kernel is not None:
         return kernel(x, state, weight, bias, activation == "silu")
@@ -212,22 +211,20 @@ def gated_rms_norm(x, weight, gate=None, eps=1e-5):
         TypeError: a tensor that is not floating point.
     """
     op = "gated_rms_norm"
-    for name, tensor in (("x", x), ("weight", weight), ("gate", gate)):
-        if tensor is not None:
-            _checks.expect_float(op, name, tensor)
+    _checks.expect_floats(op, x=x, weight=weight, gate=gate)
     V = _last_size(op, "x", x)
     _checks.expect_shape(op, "weight", weight, (V,), "[V] with the V of x")
     if gate is not None:
         _checks.expect_shape(op, "gate", gate, x.shape, "the shape of x, [..., V]")
-    _checks.expect_same_device(op, x=x, weight=weight, gate=gate)
     kernel = _library.kernel("gated_rms_norm_fwd", x)
     if kernel is None:
         return reference.naive_gated_rms_norm(x, weight, gate, eps)
-    dtype = x.dtype if gate is None else torch.promote_types(x.dtype, gate.dtype)
+    dtype = x.dtype
     if gate is not None:
-        gate = gate.to(dtype).reshape(-1, V)
-    y = kernel(x.to(dtype).reshape(-1, V), weight, gate, eps)
-    return y.view(x.shape).to(x.dtype)
+        dtype = torch.promote_types(dtype, gate.dtype)
+        gate = cast(gate, dtype).reshape(-1, V)
+    y = kernel(cast(x, dtype).reshape(-1, V), weight, gate, eps)
+    return cast(y.view_as(x), x.dtype)
 
 
 # l2norm
@@ -262,7 +259,7 @@ def l2norm(x, eps=1e-6):
     kernel = _library.kernel("l2norm_fwd", x)
     if kernel is None:
         return reference.naive_l2norm(x, eps)
-    return kernel(x.reshape(-1, K), eps).view(x.shape)
+    return kernel(x.reshape(-1, K), eps).view_as(x)
 
 
 # Gate
@@ -301,17 +298,14 @@ def fused_gdn_gate(a, A_log, dt_bias=None, output_dtype=None):
         TypeError: a tensor that is not floating point.
     """
     op = "fused_gdn_gate"
-    for name, tensor in (("a", a), ("A_log", A_log), ("dt_bias", dt_bias)):
-        if tensor is not None:
-            _checks.expect_float(op, name, tensor)
+    _checks.expect_floats(op, a=a, A_log=A_log, dt_bias=dt_bias)
     HV = _last_size(op, "a", a)
     _checks.expect_shape(op, "A_log", A_log, (HV,), "[HV] with the HV of a")
     if dt_bias is not None:
         _checks.expect_shape(op, "dt_bias", dt_bias, (HV,), "[HV] with the HV of a")
-    _checks.expect_same_device(op, a=a, A_log=A_log, dt_bias=dt_bias)
     kernel = _library.kernel("gdn_gate_fwd", a)
     if kernel is None:
         g = reference.naive_gdn_gate(a, A_log, dt_bias)
     else:
-        g = kernel(a.reshape(-1, HV), A_log, dt_bias).view(a.shape)
-    return g if output_dtype is None else g.to(output_dtype)
+        g = kernel(a.reshape(-1, HV), A_log, dt_bias).view_as(a)
+    return g if output_dtype is None else cast(g, output_dtype)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from .. import _checks, _library
+from .._checks import cast
 from . import reference
 from .ops import autocast, gate_dtype, legacy_layout
 from .validation import (
@@ -186,7 +187,7 @@ def fused_recurrent_gated_delta_rule(
     check_states(OP, q, v, N, initial_state, None, None, state_v_first)
     g, gk, gv, beta = (t if t is None else gate_dtype(q, t) for t in (g, gk, gv, beta))
     if initial_state is not None:
-        initial_state = initial_state.to(reference.compute_dtype(q))
+        initial_state = cast(initial_state, reference.compute_dtype(q))
     call = Call(
         q=q,
         k=k,
@@ -248,20 +249,18 @@ def gated_delta_rule_step(
 
 
 def _check_arguments(q, k, v, g, gk, gv, beta):
-    check_qkv(OP, q, k, v)
-    HV = (*v.shape[:3],)
+    check_qkv(OP, q, k, v, g=g, gk=gk, gv=gv, beta=beta)
+    heads, K, V = v.shape[:3], q.shape[3], v.shape[3]
+    if g is not None:
+        _checks.expect_shape(OP, "g", g, heads, "[B, T, HV]")
     if beta is not None and beta.dim() == 4:
-        channels = {"beta": (beta, (*HV, v.shape[3]), "[B, T, HV, V]")}
-    else:
-        channels = {"beta": (beta, HV, "[B, T, HV]")}
-    channels["g"] = (g, HV, "[B, T, HV]")
-    channels["gk"] = (gk, (*HV, q.shape[3]), "[B, T, HV, K]")
-    channels["gv"] = (gv, (*HV, v.shape[3]), "[B, T, HV, V]")
-    for name, (tensor, shape, meaning) in channels.items():
-        if tensor is not None:
-            _checks.expect_float(OP, name, tensor)
-            _checks.expect_shape(OP, name, tensor, shape, meaning)
-    _checks.expect_same_device(OP, q=q, g=g, gk=gk, gv=gv, beta=beta)
+        _checks.expect_shape(OP, "beta", beta, (*heads, V), "[B, T, HV, V]")
+    elif beta is not None:
+        _checks.expect_shape(OP, "beta", beta, heads, "[B, T, HV]")
+    if gk is not None:
+        _checks.expect_shape(OP, "gk", gk, (*heads, K), "[B, T, HV, K]")
+    if gv is not None:
+        _checks.expect_shape(OP, "gv", gv, (*heads, V), "[B, T, HV, V]")
 
 
 def _kernel(call):

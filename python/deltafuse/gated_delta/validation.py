@@ -12,36 +12,39 @@ MAX_HEAD = 256  # the kernels' largest K and V
 
 def check_inputs(op, q, k, v, g, beta):
     """q, k [B, T, H, K]; v [B, T, HV, V]; g, beta [B, T, HV]; HV a multiple of H."""
-    check_qkv(op, q, k, v)
-    for name, tensor in (("g", g), ("beta", beta)):
-        _checks.expect_float(op, name, tensor)
-        _checks.expect_shape(op, name, tensor, v.shape[:3], "[B, T, HV]")
-    _checks.expect_same_device(op, q=q, g=g, beta=beta)
+    check_qkv(op, q, k, v, g=g, beta=beta)
+    heads = v.shape[:3]
+    _checks.expect_shape(op, "g", g, heads, "[B, T, HV]")
+    _checks.expect_shape(op, "beta", beta, heads, "[B, T, HV]")
 
 
-def check_qkv(op, q, k, v):
-    """q, k [B, T, H, K] and v [B, T, HV, V] of one dtype; HV a multiple of H."""
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        _checks.expect_float(op, name, tensor)
+def check_qkv(op, q, k, v, **gates):
+    """q, k [B, T, H, K] and v [B, T, HV, V] of one dtype; HV a multiple of H.
+
+    The gates, given or None, are floating point and on their device; they may be of other types.
+    """
+    _checks.expect_floats(op, q=q, k=k, v=v, **gates)
     _checks.expect_dim(op, "q", q, 4, "[B, T, H, K]")
     _checks.expect_dim(op, "v", v, 4, "[B, T, HV, V]")
     _checks.expect_shape(op, "k", k, q.shape, "the shape of q, [B, T, H, K]")
-    if v.shape[:2] != q.shape[:2]:
-        _checks.fail(op, f"v must have the B and T of q {tuple(q.shape)}, got {tuple(v.shape)}")
-    H, K = q.shape[2:]
-    HV, V = v.shape[2:]
+    (B, T, H, K), of_v = q.shape, v.shape
+    HV, V = of_v[2:]
+    if of_v[:2] != (B, T):
+        _checks.fail(op, f"v must have the B and T of q {tuple(q.shape)}, got {tuple(of_v)}")
     if min(H, K, HV, V) < 1 or HV % H != 0:
         _checks.fail(
             op,
             f"v's heads must be a positive multiple of q's, got q {tuple(q.shape)} and "
-            f"v {tuple(v.shape)}",
+            f"v {tuple(of_v)}",
         )
-    _checks.expect_same_dtype(op, q=q, k=k, v=v)
-    _checks.expect_same_device(op, q=q, k=k, v=v)
+    if not q.dtype == k.dtype == v.dtype:
+        _checks.expect_same_dtype(op, q=q, k=k, v=v)
 
 
 def check_gate(op, v, use_gate, A_log, dt_bias):
     """A_log [HV] exactly when the gate is computed in the kernel; dt_bias [HV] is optional."""
+    if not use_gate and A_log is None and dt_bias is None:
+        return
     HV = v.shape[2]
     if use_gate and A_log is None:
         _checks.fail(op, "use_gate_in_kernel=True needs A_log [HV], got None")
@@ -50,9 +53,8 @@ def check_gate(op, v, use_gate, A_log, dt_bias):
             continue
         if not use_gate:
             _checks.fail(op, f"{name} is only read with use_gate_in_kernel=True")
-        _checks.expect_float(op, name, tensor)
         _checks.expect_shape(op, name, tensor, (HV,), "[HV]")
-    _checks.expect_same_device(op, v=v, A_log=A_log, dt_bias=dt_bias)
+    _checks.expect_floats(op, v=v, A_log=A_log, dt_bias=dt_bias)
 
 
 def check_sigmoid(op, use_sigmoid, allow_neg_eigval):
@@ -81,6 +83,8 @@ def check_sequences(op, q, cu_seqlens):
 
 def check_states(op, q, v, N, initial_state, output_state, state_indices, state_v_first):
     """States [N, HV, K, V] (or V first), or pools [P, ...] whose rows state_indices [N] names."""
+    if initial_state is None and output_state is None and state_indices is None:
+        return
     HV, V = v.shape[2:]
     K = q.shape[3]
     shape = (HV, V, K) if state_v_first else (HV, K, V)

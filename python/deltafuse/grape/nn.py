@@ -6,6 +6,7 @@ after: an RMSNorm with a gain per channel does not commute with a rotation, and 
 tokens would depend on where they are, not only on how far apart.
 """
 
+import contextlib
 import math
 
 import torch
@@ -219,7 +220,9 @@ class GrapeMContext(GrapeM):
     def omega(self, hidden):
         """[..., hidden_size] -> [...], or [..., n_head] with per_head; float32 at least."""
         weight, bias = self.omega_proj.weight, self.omega_proj.bias
-        with torch.autocast(hidden.device.type, enabled=False):
+        device = hidden.device.type
+        lowered = torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if lowered else contextlib.nullcontext():
             z = F.linear(hidden.to(weight.dtype), weight, bias)
             if self.gate == "sigmoid":
                 z = torch.sigmoid(z / self.omega_scale)
@@ -323,6 +326,7 @@ class GrapeMixture(WideModule):
             T = q.shape[0 if q.dim() == 3 else 1]
             positions = token_positions(T, q.device, start, starts, cu_seqlens)
             positions = positions.squeeze(0) if q.dim() == 3 else positions
+            positions = positions.double()  # once for q and k
         frame = self._frame(cache)
         rotated = tuple(self._rotate(op, x, positions, frame) for x in (q, k) if x is not None)
         if cache is not None:

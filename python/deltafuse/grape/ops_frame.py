@@ -3,6 +3,7 @@
 import torch
 
 from .. import _checks
+from .._checks import cast
 from . import prepare, raw_frame
 from .reference_frame import F64
 
@@ -19,18 +20,27 @@ def _positions(op, t, x):
     """t in float64 as [B, T]; [1, total] for packed x."""
     if t.is_complex() or t.dtype == torch.bool:
         _checks.fail(op, f"t must be integer or floating point, got {t.dtype}", TypeError)
-    _checks.expect_same_device(op, x=x, t=t)
+    if t.device != x.device:
+        _checks.expect_same_device(op, x=x, t=t)
     leading = x.shape[:-2]
-    if t.dim() > len(leading) or any(
-        n not in (1, size) for n, size in zip(reversed(t.shape), reversed(leading), strict=False)
-    ):
-        _checks.fail(op, f"t must be broadcastable to {tuple(leading)}, got {tuple(t.shape)}")
-    t = t.to(F64).expand(leading)
+    if t.shape != leading:
+        if t.dim() > len(leading) or any(
+            n not in (1, size)
+            for n, size in zip(reversed(t.shape), reversed(leading), strict=False)
+        ):
+            _checks.fail(op, f"t must be broadcastable to {tuple(leading)}, got {tuple(t.shape)}")
+        t = t.expand(*leading)
+    t = cast(t, F64)
     return t if x.dim() == 4 else t.unsqueeze(0)
 
 
 def _batched(x):
     return x if x.dim() == 4 else x.unsqueeze(0)
+
+
+def _like(x, y):
+    """The result of `_batched(x)` in the shape of x."""
+    return y if x.dim() == 4 else y.squeeze(0)
 
 
 def rank2_rotate(x, a, b, t, omega=1.0):
@@ -92,20 +102,19 @@ def mixture_rotate(x, a, b, omega, t, *, frame=None):
 def _mixture(op, x, a, b, omega, t, frame):
     _expect_input(op, "x", x)
     prepare.expect_planes(op, a, b, omega)
-    _checks.expect_same_device(op, x=x, a=a)
+    if a.device != x.device:
+        _checks.expect_same_device(op, x=x, a=a)
     H, D = x.shape[-2:]
     _checks.expect_shape(op, "a", a, (H, a.shape[1], D), "[H, r, D] with the H and D of x")
     t = _positions(op, t, x)
     W, theta = prepare.frame(a, b, omega) if frame is None else _frame(op, x, *frame)
     _checks.expect_shape(op, "theta of the frame", theta, omega.shape, "the shape of omega")
-    return raw_frame.mixture_rotate(_batched(x), a, b, omega, t, W, theta).view(x.shape)
+    return _like(x, raw_frame.mixture_rotate(_batched(x), a, b, omega, t, W, theta))
 
 
 def _frame(op, x, W, theta):
     """W in float32 or float64 and theta in float64."""
-    for name, tensor in (("W", W), ("theta", theta)):
-        _checks.expect_float(op, name, tensor)
-    _checks.expect_same_device(op, x=x, W=W, theta=theta)
+    _checks.expect_floats(op, x=x, W=W, theta=theta)
     _checks.expect_dim(op, "theta", theta, 2, "[H, r]")
     H, D = x.shape[-2:]
     r = theta.shape[1]
@@ -113,7 +122,7 @@ def _frame(op, x, W, theta):
     _checks.expect_shape(op, "W", W, (H, D, 2 * r), "[H, D, 2 r]")
     if 2 * r > D:
         _checks.fail(op, f"2 r must be at most D, got r = {r} planes in D = {D}")
-    return W if W.dtype == F64 else W.float(), theta.to(F64)
+    return W if W.dtype == F64 else cast(W, torch.float32), cast(theta, F64)
 
 
 def frame_rotate(x, W, theta, t):
@@ -137,7 +146,7 @@ def frame_rotate(x, W, theta, t):
     op = "frame_rotate"
     _expect_input(op, "x", x)
     W, theta = _frame(op, x, W, theta)
-    return raw_frame.frame_rotate(_batched(x), W, theta, _positions(op, t, x)).view(x.shape)
+    return _like(x, raw_frame.frame_rotate(_batched(x), W, theta, _positions(op, t, x)))
 
 
 def basis_rotate(q, k, B, theta, t, output_frame="internal"):
@@ -188,8 +197,8 @@ def _in_basis(op, name, x, B, theta, t, output_frame):
     _checks.expect_shape(op, "B", B, (H, D, D), f"[H, D, D] with the H and D of {name}")
     t = _positions(op, t, x)
     if output_frame == "ambient":
-        return raw_frame.frame_rotate(_batched(x), B, theta, t).view(x.shape)
+        return _like(x, raw_frame.frame_rotate(_batched(x), B, theta, t))
     wide = F64 if x.dtype == F64 else torch.float32
     with torch.autocast(x.device.type, enabled=False):
-        inner = torch.einsum("bthd,hde->bthe", _batched(x).to(wide), B.to(wide))
-    return raw_frame.frame_rotate(inner, None, theta, t).view(x.shape).to(x.dtype)
+        inner = torch.einsum("bthd,hde->bthe", cast(_batched(x), wide), cast(B, wide))
+    return cast(_like(x, raw_frame.frame_rotate(inner, None, theta, t)), x.dtype)

@@ -32,7 +32,7 @@ def cumulative_phase(omega, cu_seqlens=None, initial=None, *, validate=False):
         TypeError: omega is not floating point.
     """
     op = "cumulative_phase"
-    validation.expect_floats(op, omega=omega)
+    _checks.expect_float(op, "omega", omega)
     if omega.dim() < 2:
         _checks.fail(op, f"omega must be [B, T] or [B, T, ...], got shape {tuple(omega.shape)}")
     N = validation.expect_sequences(op, cu_seqlens, omega, validate)

@@ -19,7 +19,7 @@ class _Call:
             if cu_seqlens is None:
                 _checks.fail(op, f"q {tuple(q.shape)} is packed [total, H, D]: give cu_seqlens")
             q, k = q.unsqueeze(0), None if k is None else k.unsqueeze(0)
-        validation.expect_floats(op, q=q, k=k)
+        _checks.expect_floats(op, q=q, k=k)
         validation.expect_heads(op, q, k)
         self.q, self.k = q, k
         self.D = q.shape[3]
@@ -224,7 +224,7 @@ def apply_rotary_pos_emb(q, k, cos, sin, position_ids=None, unsqueeze_dim=1):
         q, k = q.transpose(1, 2), k.transpose(1, 2)
     options = dict(interleaved=False, clockwise=False, cu_seqlens=None, offsets=None)
     call = _Call(op, q, k, **options, validate=False)
-    cos, sin = (t[..., : t.shape[-1] // 2] for t in (cos, sin))
+    cos, sin = (t.narrow(-1, 0, t.shape[-1] // 2) for t in (cos, sin))
     positions = None
     if cos.dim() == 2 and position_ids is not None:
         positions = validation.as_positions(op, "position_ids", position_ids, q, axes=False)
@@ -339,7 +339,7 @@ def _exclusive(op, position_ids, offsets, phase, cos, sin, freqs):
 def _positions(call, position_ids, phase):
     """Positions [B, T, Hp, A] and the number of axes, None where positions have none."""
     if phase is not None:
-        validation.expect_floats(call.op, phase=phase)
+        _checks.expect_float(call.op, "phase", phase)
         if call.packed:
             phase = phase.unsqueeze(0)
         return validation.as_positions(call.op, "phase", phase, call.q, False, heads=True), None
@@ -359,5 +359,6 @@ def _set_freqs(call, freqs, base, rotary_dim, positions, axes, device):
         freqs = rotary_frequencies(width, base, device=device)[0]
     elif rotary_dim is not None and rotary_dim != 2 * freqs.shape[-1 if axes is None else -2]:
         _checks.fail(call.op, f"rotary_dim {rotary_dim}, but freqs has shape {tuple(freqs.shape)}")
-    _checks.expect_same_device(call.op, q=call.q, freqs=freqs)
+    if freqs.device != call.q.device:
+        _checks.expect_same_device(call.op, q=call.q, freqs=freqs)
     call.set_angles(validation.as_freqs(call.op, freqs, axes), positions)

@@ -9,9 +9,7 @@ from .reference_frame import F64, frame_of
 
 def expect_planes(op, a, b, omega):
     """a, b [H, r, D] and omega [H, r] of real floating point, on one device, 2 r <= D."""
-    for name, tensor in (("a", a), ("b", b), ("omega", omega)):
-        _checks.expect_float(op, name, tensor)
-    _checks.expect_same_device(op, a=a, b=b, omega=omega)
+    _checks.expect_floats(op, a=a, b=b, omega=omega)
     _checks.expect_dim(op, "a", a, 3, "[H, r, D]")
     _checks.expect_shape(op, "b", b, a.shape, "the shape of a, [H, r, D]")
     H, r, D = a.shape

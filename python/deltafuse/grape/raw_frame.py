@@ -3,6 +3,7 @@
 import torch
 
 from .. import _library
+from .._checks import cast
 from . import reference_frame as reference
 from .reference_frame import compute_dtype
 
@@ -42,9 +43,9 @@ def _frame_backward(ops, ctx, dy):
     dx, dt, dW, _, dtheta = ops.grape_frame_bwd(dy, x, W, theta, t, wanted)
     return (
         dx,
-        dW.mT.to(W.dtype) if need_W else None,
-        dtheta.to(theta.dtype) if need_theta else None,
-        dt.sum(-1).to(t.dtype) if need_t else None,
+        cast(dW.mT, W.dtype) if need_W else None,
+        cast(dtheta, theta.dtype) if need_theta else None,
+        cast(dt.sum(-1), t.dtype) if need_t else None,
     )
 
 
@@ -56,8 +57,8 @@ def _mixture_backward(ops, ctx, dy):
     planes = (None, None, None)
     if need_planes:
         grads = reference.plane_gradients(a, b, omega, W, P_t, K)
-        planes = (g.to(v.dtype) for g, v in zip(grads, (a, b, omega), strict=True))
-    return dx, *planes, dt.sum(-1).to(t.dtype) if need_t else None, None, None
+        planes = (cast(g, v.dtype) for g, v in zip(grads, (a, b, omega), strict=True))
+    return dx, *planes, cast(dt.sum(-1), t.dtype) if need_t else None, None, None
 
 
 _library.register("grape_frame_fwd", lambda x, *rest: _dense(x), _save_frame, _frame_backward)

@@ -40,4 +40,4 @@ def phase(omega, cu_seqlens, initial):
     M = rest.numel()
     rows = omega.reshape(*omega.shape[:2], M)
     phi, final = kernel(rows, cu_seqlens, None if initial is None else initial.reshape(-1, M))
-    return phi.view(omega.shape), final.view(final.shape[0], *rest)
+    return phi.view_as(omega), final.view(final.shape[0], *rest)

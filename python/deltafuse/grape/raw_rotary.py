@@ -95,8 +95,9 @@ _library.not_on_cuda(torch.float64, "grape_rotary_fwd", "grape_rotary_out")
 def _kernel(name, tensors):
     """The compiled operator, or None: also for what the CUDA kernels leave to the reference."""
     q, freqs, cos = tensors[0], tensors[2], tensors[6]
-    planes = cos.shape[-1] if freqs is None else freqs.shape[1]
-    return None if q.is_cuda and planes > CUDA_PLANES else _library.kernel(name, q)
+    if q.is_cuda and (cos.shape[-1] if freqs is None else freqs.shape[1]) > CUDA_PLANES:
+        return None
+    return _library.kernel(name, q)
 
 
 class _InPlace(torch.autograd.Function):

@@ -126,10 +126,11 @@ def plane_gradients(a, b, omega, W, P_t, K):
 
     N = P + W K; abar = omega N W^T b, bbar = -omega N W^T a, omegabar = a . N W^T b a plane.
     """
-    a, b, omega, W = (v.to(F64) for v in (a, b, omega, W))
-    N_t = P_t.to(F64) + K.to(F64).mT @ W.mT
-    along_b, along_a = b @ W @ N_t, a @ W @ N_t
-    return omega[..., None] * along_b, -omega[..., None] * along_a, (a * along_b).sum(-1)
+    ab, omega, W = torch.cat((a, b), 1).to(F64), omega[..., None].to(F64), W.to(F64)
+    N_t = torch.baddbmm(P_t.to(F64), K.to(F64).mT, W.mT)
+    along_a, along_b = torch.bmm(torch.bmm(ab, W), N_t).chunk(2, 1)
+    domega = (ab.narrow(1, 0, a.shape[1]) * along_b).sum(-1)
+    return omega * along_b, -omega * along_a, domega
 
 
 class _Mixture(torch.autograd.Function):

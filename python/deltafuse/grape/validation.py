@@ -3,16 +3,9 @@
 import torch
 
 from .. import _checks
+from .._checks import cast
 
 INDICES = (torch.int32, torch.int64)
-
-
-def expect_floats(op, **tensors):
-    """Every given tensor is real floating point, and all are on one device."""
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            _checks.expect_float(op, name, tensor)
-    _checks.expect_same_device(op, **tensors)
 
 
 def expect_choice(op, name, value, choices):
@@ -33,22 +26,26 @@ def expect_heads(op, q, k):
     _checks.expect_dim(op, "q", q, 4, "[B, T, H, D] (or [total, H, D] with cu_seqlens)")
     if k is None:
         return
-    _checks.expect_same_dtype(op, q=q, k=k)
-    fits = k.dim() == 4 and k.shape[:2] == q.shape[:2] and k.shape[3] == q.shape[3]
-    if not fits:
+    if k.dtype != q.dtype:
+        _checks.expect_same_dtype(op, q=q, k=k)
+    (B, T, Hq, D), of_k = q.shape, k.shape
+    Hk = of_k[2] if len(of_k) == 4 else 0
+    if of_k != (B, T, Hk, D):
         _checks.fail(
             op,
             "k must be [B, T, Hk, D] with the B, T and D of q, got "
-            f"q {tuple(q.shape)} and k {tuple(k.shape)}",
+            f"q {tuple(q.shape)} and k {tuple(of_k)}",
         )
-    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
-        _checks.fail(op, f"Hq must be a multiple of Hk, got {q.shape[2]} and {k.shape[2]} heads")
+    if Hk == 0 or Hq % Hk:
+        _checks.fail(op, f"Hq must be a multiple of Hk, got {Hq} and {Hk} heads")
 
 
 def expect_group(op, name, heads, q, k):
     """Angle heads divide the heads of q and of k."""
+    if heads == 1:
+        return
     counts = [q.shape[2]] + ([] if k is None else [k.shape[2]])
-    if heads != 1 and (heads == 0 or any(count % heads for count in counts)):
+    if heads == 0 or any(count % heads for count in counts):
         _checks.fail(op, f"{name} has {heads} heads, which do not divide {counts}")
 
 
@@ -87,7 +84,8 @@ def expect_sequences(op, cu_seqlens, q, validate):
 
 def as_positions(op, name, t, q, axes, heads=False):
     """[B, T, Hp, A] from [T], [B, T], with `axes` [.., T, A], with `heads` [B, T, H]."""
-    _checks.expect_same_device(op, q=q, **{name: t})
+    if t.device != q.device:
+        _checks.expect_same_device(op, q=q, **{name: t})
     if t.dtype == torch.bool or t.is_complex():
         _checks.fail(op, f"{name} must be integers or real numbers, got {t.dtype}")
     if t.is_floating_point():
@@ -99,7 +97,7 @@ def as_positions(op, name, t, q, axes, heads=False):
     if axes:
         t = t.unsqueeze(-2)
     elif not (heads and t.dim() == 3):
-        t = t[..., None, None]
+        t = t.view(*given, 1, 1)
     else:
         t = t.unsqueeze(-1)
     t = t.unsqueeze(0) if t.dim() == 3 else t
@@ -113,31 +111,34 @@ def as_positions(op, name, t, q, axes, heads=False):
 
 def as_freqs(op, freqs, axes):
     """[H, P, A] from [P], [H, P], with `axes` [P, A] or [H, P, A]; float32 or float64."""
-    expect_floats(op, freqs=freqs)
-    shape = tuple(freqs.shape)
-    if axes is None and freqs.dim() in (1, 2):
-        freqs = freqs.unsqueeze(-1)
-    if freqs.dim() == 2:
-        freqs = freqs.unsqueeze(0)
-    if freqs.dim() != 3 or freqs.shape[-1] != (axes or 1):
+    _checks.expect_float(op, "freqs", freqs)
+    given, shape = freqs.shape, freqs.shape
+    if axes is None and len(shape) in (1, 2):
+        shape = (*shape, 1)
+    if len(shape) == 2:
+        shape = (1, *shape)
+    if len(shape) != 3 or shape[-1] != (axes or 1):
         wanted = "[P] or [H, P]" if axes is None else f"[P, A] or [H, P, A] with A = {axes}"
-        _checks.fail(op, f"freqs must be {wanted}, got shape {shape}")
-    return freqs if freqs.dtype == torch.float64 else freqs.float()
+        _checks.fail(op, f"freqs must be {wanted}, got shape {tuple(given)}")
+    if shape != given:
+        freqs = freqs.view(*shape)
+    return freqs if freqs.dtype == torch.float64 else cast(freqs, torch.float32)
 
 
 def as_tables(op, cos, sin, q):
     """cos and sin as [B or 1, T, 1, P], or [1, rows, 1, P] from [rows, P]; and which of the two."""
-    expect_floats(op, cos=cos, sin=sin)
-    _checks.expect_same_device(op, q=q, cos=cos)
+    _checks.expect_floats(op, cos=cos, sin=sin)
+    if cos.device != q.device:
+        _checks.expect_same_device(op, q=q, cos=cos)
     if cos.shape != sin.shape or cos.dtype != sin.dtype or cos.dim() not in (2, 3):
         _checks.fail(
             op,
             "cos and sin must both be [rows, P] or [B, T, P] in one dtype, got "
             f"{tuple(cos.shape)} {cos.dtype} and {tuple(sin.shape)} {sin.dtype}",
         )
-    by_position = cos.dim() == 2
-    if by_position:
-        return cos[None, :, None], sin[None, :, None], True
+    if cos.dim() == 2:
+        rows, P = cos.shape
+        return cos.view(1, rows, 1, P), sin.view(1, rows, 1, P), True
     B, T = q.shape[:2]
     if cos.shape[0] not in (1, B) or cos.shape[1] != T:
         _checks.fail(
