@@ -248,3 +248,9 @@ def test_operators_answer_in_their_namespace(emulator):
     assert emulated.default.namespace == "deltafuse_emulated_sm80"
     with _library.use("reference"):
         assert _library.kernel("l2norm_fwd", tensor) is None
+
+
+def test_a_torch_without_the_private_names(monkeypatch):
+    assert not _eager._is_heard(())
+    monkeypatch.setattr(_eager, "AVAILABLE", False)
+    assert _eager._is_heard(())

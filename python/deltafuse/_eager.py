@@ -8,15 +8,20 @@ autograd.Function of its own, or calls the kernel at once if no gradient is aske
 """
 
 import torch
-from torch._C import (
-    DispatchKey,
-    DispatchKeySet,
-    _any_requires_grad,
-    _AutoDispatchBelowAutograd,
-    _dispatch_tls_is_dispatch_key_excluded,
-    _dispatch_tls_local_include_set,
-)
+from torch._C import DispatchKey, DispatchKeySet
 from torch.overrides import has_torch_function
+
+try:
+    from torch._C import (
+        _any_requires_grad,
+        _AutoDispatchBelowAutograd,
+        _dispatch_tls_is_dispatch_key_excluded,
+        _dispatch_tls_local_include_set,
+    )
+except ImportError:  # private names: a torch without one of them keeps the registered path
+    AVAILABLE = False
+else:
+    AVAILABLE = True
 
 # What a thread adds to the keys of its tensors where nobody listens: modes, functorch, tracing and
 # functionalisation all add a key of their own, inference mode takes one away.
@@ -49,7 +54,8 @@ class Operator:
 def _is_heard(args):
     """Whether something else than autograd listens to a call with these arguments."""
     return (
-        torch.compiler.is_compiling()
+        not AVAILABLE
+        or torch.compiler.is_compiling()
         or has_torch_function(args)  # of a tensor among them, or of a mode
         or _dispatch_tls_local_include_set() != _PLAIN
         # within a mode's handler or an operator autograd is off, whatever the grad mode says
