@@ -109,8 +109,8 @@ KERNELS = [
     Kernel(r"boundary_bwd_kernel.*(IfLi1E|f16ELi2E)", 3, 168, ("LDGSTS.E.BYPASS.128", "LDS.128")),
     Kernel(r"boundary_bwd_kernel.*(f16ELi1E|Li16E)", 5, 255, ("LDGSTS.E.BYPASS.128", "LDS.128")),
     Kernel(r"boundary_finish_kernel", 1, 40, ("LDG.E", "STG.E")),
-    # five CTAs an SM, K = 256: three; what a head starts from makes room for its blocks
-    Kernel(r"chunk_inverse.*ELi(64|128)E", 4, 96, ("HMMA.1688.F32.TF32", "LDSM.16"), stack=24),
+    # five CTAs an SM, K = 256: three
+    Kernel(r"chunk_inverse.*ELi(64|128)E", 4, 96, ("HMMA.1688.F32.TF32", "LDSM.16")),
     Kernel(r"chunk_inverse.*ELi256E", 2, 168, ("HMMA.1688.F32.TF32", "LDGSTS.E.BYPASS.128")),
     # one CTA an SM, of 384 threads (two state warpgroups) or of 256
     Kernel(r"chunk_fwd.*Sm80.*f16ELi\d+ELi2E", 6, 168, ("HMMA.16816.F32", "LDGSTS.E.BYPASS.128")),
