@@ -115,12 +115,11 @@ KERNELS = [
     # one CTA an SM, of 384 threads (two state warpgroups) or of 256
     Kernel(r"chunk_fwd.*Sm80.*f16ELi\d+ELi2E", 6, 168, ("HMMA.16816.F32", "LDGSTS.E.BYPASS.128")),
     Kernel(r"chunk_fwd.*Sm80.*f16ELi\d+ELi1E", 12, 255, ("HMMA.16816.F32", "LDGSTS.E.BYPASS.128")),
-    # three sums in registers at once; addresses and counters of a chunk make room for them
-    Kernel(r"chunk_fwd.*Sm80EfLi\d+ELi2E", 2, 168, ("HMMA.1688.F32.TF32", "LDGSTS"), stack=96),
-    Kernel(r"chunk_fwd.*Sm80EfLi\d+ELi1E", 3, 255, ("HMMA.1688.F32.TF32", "LDGSTS"), stack=96),
+    Kernel(r"chunk_fwd.*Sm80EfLi\d+ELi2E", 2, 168, ("HMMA.1688.F32.TF32", "LDGSTS.E.BYPASS.128")),
+    Kernel(r"chunk_fwd.*Sm80EfLi\d+ELi1E", 3, 255, ("HMMA.1688.F32.TF32", "LDGSTS.E.BYPASS.128")),
     Kernel(r"chunk_fwd.*Sm90.*ELi\d+ELi2E", 8, 168, ("HGMMA.64x64x16", "UTMALDG.4D"), HOPPER),
     Kernel(r"chunk_fwd.*Sm90.*ELi(64|128)ELi1E", 8, 255, ("HGMMA.64x64x16", "UTMALDG.4D"), HOPPER),
-    Kernel(r"chunk_fwd.*Sm90.*ELi256ELi1E", 4, 255, ("HGMMA.64x64x16", "UTMALDG.4D"), HOPPER, 8),
+    Kernel(r"chunk_fwd.*Sm90.*ELi256ELi1E", 4, 255, ("HGMMA.64x64x16", "UTMALDG.4D"), HOPPER),
     Kernel(r"bwd_states.*Sm80.*f16ELi(64|128)E", 4, 168, ("HMMA.16816.F32", "STG.E.128")),
     Kernel(r"bwd_states.*Sm80.*f16ELi256E", 2, 255, ("HMMA.16816.F32", "STG.E.128")),
     Kernel(r"bwd_states.*Sm80.*IfLi64E", 1, 168, ("HMMA.1688.F32.TF32", "STG.E.128")),
