@@ -123,7 +123,7 @@ KERNELS = [
     Kernel(r"bwd_states.*Sm80.*f16ELi(64|128)E", 4, 168, ("HMMA.16816.F32", "STG.E.128")),
     Kernel(r"bwd_states.*Sm80.*f16ELi256E", 2, 255, ("HMMA.16816.F32", "STG.E.128")),
     Kernel(r"bwd_states.*Sm80.*IfLi64E", 1, 168, ("HMMA.1688.F32.TF32", "STG.E.128")),
-    Kernel(r"bwd_states.*Sm80.*IfLi128E", 1, 208, ("HMMA.1688.F32.TF32", "STG.E.128")),
+    Kernel(r"bwd_states.*Sm80.*IfLi128E", 1, 232, ("HMMA.1688.F32.TF32", "STG.E.128")),
     Kernel(r"bwd_states.*Sm80.*IfLi256E", 1, 255, ("HMMA.1688.F32.TF32", "STG.E.128")),
     Kernel(r"bwd_states.*Sm90.*Li(64|128)E", 4, 168, ("HGMMA.64x64x16", "STSM.16.M88.4"), HOPPER),
     Kernel(r"bwd_states.*Sm90.*Li256E", 2, 255, ("HGMMA.64x64x16", "UTMALDG.4D"), HOPPER),

@@ -194,9 +194,7 @@ __device__ inline void output_gradients(const C& c, int stage, int group, int ch
 #pragma unroll
       for (int i = 0; i < 4; ++i) X[n][i] += Y[n][i];
   } else if constexpr (sizeof(E) == 4) {  // dO from its tile, for the same reason
-    const auto d_o = tiles.d_o(group).along_mn(), P = tiles.P.along_mn();
-#pragma unroll 1
-    for (int k = 0; k < kC; k += 16) M::template mma<kC, 16>(X, d_o.from(k, 0), P.from(k, 0));
+    M::template mma<kC, kC>(X, tiles.d_o(group).along_mn(), tiles.P.along_mn());
   } else {
     M::begin(X, dO);
     M::template mma<kC, kC>(X, dO, tiles.P.along_mn());
@@ -206,12 +204,13 @@ __device__ inline void output_gradients(const C& c, int stage, int group, int ch
   to_fragment(X, dU);
 }
 
-// dS += a b, of whose columns the first `cols` are not all zeros. Without wgmma in parts, so that
-// not too much of b is loaded ahead. With floats, each of which takes two registers and every tile
-// of a step a sum of its own, only a branch before each part keeps the compiler from that.
+// dS <- decay dS + a b, of whose columns the first `cols` are not all zeros; with wgmma decay is 1,
+// as dS may be part of another product. Without wgmma in parts, so that not too much of b is loaded
+// ahead. With floats, each of which takes two registers and every tile of a step a sum of its own,
+// only a branch before each part keeps the compiler from that.
 template <class M, class E, int kC, int kN>
 __device__ inline void add_product(float (&dS)[kN][4], const Fragment<E, kC>& a,
-                                   Operand<E, Major::mn> b, int cols) {
+                                   Operand<E, Major::mn> b, int cols, float decay = 1) {
   if constexpr (M::kAsync) {
     M::template mma<8 * kN, kC>(dS, a, b);
   } else {
@@ -219,8 +218,9 @@ __device__ inline void add_product(float (&dS)[kN][4], const Fragment<E, kC>& a,
 #pragma unroll
     for (int n = 0; n < 8 * kN; n += kPart) {
       if (sizeof(E) == 4 && n >= cols) break;
-      M::template mma<kPart, kC>(reinterpret_cast<float(&)[kPart / 8][4]>(dS[n / 8]), a,
-                                 b.from(0, n));
+      auto& part = reinterpret_cast<float(&)[kPart / 8][4]>(dS[n / 8]);
+      scale_all(part, decay);
+      M::template mma<kPart, kC>(part, a, b.from(0, n));
       __syncwarp();
     }
   }
@@ -250,7 +250,7 @@ template <class M, class C>
 __device__ inline void step_back(const C& c, int stage, int group, int chunk,
                                  float (&dS)[C::kK / 8][4]) {
   using E = typename C::E;
-  constexpr int kC = C::kC, kK = C::kK;
+  constexpr int kC = C::kC;
   const int Kp = c.walk().padded_k;
   const auto tiles = c.stage(stage);
   const auto& f = c.factors(stage);
@@ -271,12 +271,9 @@ __device__ inline void step_back(const C& c, int stage, int group, int chunk,
     store_values<M>(c, tiles.d_o(group), group, chunk, dW);
   }
   scale_tokens(dO, f.q);
-#pragma unroll
-  for (int n = 0; n < kK / 8; ++n)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) dS[n][i] *= f.decay;
+  if constexpr (M::kAsync) scale_all(dS, f.decay);
   M::begin(dS, dO);
-  add_product<M>(dS, dO, tiles.q.along_mn(), Kp);
+  add_product<M>(dS, dO, tiles.q.along_mn(), Kp, M::kAsync ? 1 : f.decay);
   M::commit();
   if constexpr (M::kAsync) {
     const TokenFactors<kC> by_w(f.w);
