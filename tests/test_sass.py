@@ -69,9 +69,9 @@ KERNELS = [
     Kernel(r"mars_kernelId", 1, 255, ("LDG.E.EF.128", "STG.E.EF.128")),
     Kernel(r"mars_squares_kernel", 2, 128, ("LDG.E.128",)),
     Kernel(r"mars_upload_kernel", 1, 128, ("STG.E",)),
-    # two CTAs of 256 threads an SM, and of 288; on an sm_90 two counters of mma.sync are spilled
-    Kernel(r"\dproduct_kernel.*Lb1EEEv", 4, 128, ("HMMA.16816.F32", "LDGSTS.E.BYPASS"), stack=8),
-    Kernel(r"\dproduct_kernel.*Lb0EEEv", 4, 128, ("HMMA.16816.F32", "LDSM.16.M88.4"), stack=8),
+    # two CTAs of 256 threads an SM, and of 288
+    Kernel(r"\dproduct_kernel.*Lb1EEEv", 4, 128, ("HMMA.16816.F32", "LDGSTS.E.BYPASS")),
+    Kernel(r"\dproduct_kernel.*Lb0EEEv", 4, 128, ("HMMA.16816.F32", "LDSM.16.M88.4")),
     Kernel(r"product_async_kernel", 4, 112, ("HGMMA.64x128x16.F32", "UTMALDG.4D"), HOPPER),
     # 128-bit accesses of the wide tensor, of taps and partial sums; 3 CTAs of 128 threads an SM, 2
     # for sums of 16-bit channels
