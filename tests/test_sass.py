@@ -69,9 +69,9 @@ KERNELS = [
     Kernel(r"mars_kernelId", 1, 255, ("LDG.E.EF.128", "STG.E.EF.128")),
     Kernel(r"mars_squares_kernel", 2, 128, ("LDG.E.128",)),
     Kernel(r"mars_upload_kernel", 1, 128, ("STG.E",)),
-    # two CTAs of 256 threads an SM, and of 288; on an sm_90 two counters of mma.sync are spilled
-    Kernel(r"\dproduct_kernel.*Lb1EEEv", 4, 128, ("HMMA.16816.F32", "LDGSTS.E.BYPASS"), stack=8),
-    Kernel(r"\dproduct_kernel.*Lb0EEEv", 4, 128, ("HMMA.16816.F32", "LDSM.16.M88.4"), stack=8),
+    # two CTAs of 256 threads an SM, and of 288
+    Kernel(r"\dproduct_kernel.*Lb1EEEv", 4, 128, ("HMMA.16816.F32", "LDGSTS.E.BYPASS")),
+    Kernel(r"\dproduct_kernel.*Lb0EEEv", 4, 128, ("HMMA.16816.F32", "LDSM.16.M88.4")),
     Kernel(r"product_async_kernel", 4, 112, ("HGMMA.64x128x16.F32", "UTMALDG.4D"), HOPPER),
     # 128-bit accesses of the wide tensor, of taps and partial sums; 3 CTAs of 128 threads an SM, 2
     # for sums of 16-bit channels
@@ -109,22 +109,22 @@ KERNELS = [
     Kernel(r"boundary_bwd_kernel.*(IfLi1E|f16ELi2E)", 3, 168, ("LDGSTS.E.BYPASS.128", "LDS.128")),
     Kernel(r"boundary_bwd_kernel.*(f16ELi1E|Li16E)", 5, 255, ("LDGSTS.E.BYPASS.128", "LDS.128")),
     Kernel(r"boundary_finish_kernel", 1, 40, ("LDG.E", "STG.E")),
-    # five CTAs an SM, K = 256: three; what a head starts from makes room for its blocks
-    Kernel(r"chunk_inverse.*ELi(64|128)E", 4, 96, ("HMMA.1688.F32.TF32", "LDSM.16"), stack=24),
+    # five CTAs an SM, K = 256: three
+    Kernel(r"chunk_inverse.*ELi(64|128)E", 4, 96, ("HMMA.1688.F32.TF32", "LDSM.16")),
     Kernel(r"chunk_inverse.*ELi256E", 2, 168, ("HMMA.1688.F32.TF32", "LDGSTS.E.BYPASS.128")),
     # one CTA an SM, of 384 threads (two state warpgroups) or of 256
     Kernel(r"chunk_fwd.*Sm80.*f16ELi\d+ELi2E", 6, 168, ("HMMA.16816.F32", "LDGSTS.E.BYPASS.128")),
     Kernel(r"chunk_fwd.*Sm80.*f16ELi\d+ELi1E", 12, 255, ("HMMA.16816.F32", "LDGSTS.E.BYPASS.128")),
-    # three sums in registers at once; addresses and counters of a chunk make room for them
-    Kernel(r"chunk_fwd.*Sm80EfLi\d+ELi2E", 2, 168, ("HMMA.1688.F32.TF32", "LDGSTS"), stack=96),
-    Kernel(r"chunk_fwd.*Sm80EfLi\d+ELi1E", 3, 255, ("HMMA.1688.F32.TF32", "LDGSTS"), stack=96),
+    Kernel(r"chunk_fwd.*Sm80EfLi\d+ELi2E", 2, 168, ("HMMA.1688.F32.TF32", "LDGSTS.E.BYPASS.128")),
+    Kernel(r"chunk_fwd.*Sm80EfLi\d+ELi1E", 3, 255, ("HMMA.1688.F32.TF32", "LDGSTS.E.BYPASS.128")),
     Kernel(r"chunk_fwd.*Sm90.*ELi\d+ELi2E", 8, 168, ("HGMMA.64x64x16", "UTMALDG.4D"), HOPPER),
     Kernel(r"chunk_fwd.*Sm90.*ELi(64|128)ELi1E", 8, 255, ("HGMMA.64x64x16", "UTMALDG.4D"), HOPPER),
-    Kernel(r"chunk_fwd.*Sm90.*ELi256ELi1E", 4, 255, ("HGMMA.64x64x16", "UTMALDG.4D"), HOPPER, 8),
-    Kernel(r"bwd_states.*Sm80.*f16ELi(64|128)E", 4, 168, ("HMMA.16816.F32",), stack=8),
-    Kernel(r"bwd_states.*Sm80.*f16ELi256E", 2, 255, ("HMMA.16816.F32", "STG.E.128"), stack=16),
-    Kernel(r"bwd_states.*Sm80.*IfLi64E", 1, 168, ("HMMA.1688.F32.TF32", "STG.E.128"), stack=80),
-    Kernel(r"bwd_states.*Sm80.*IfLi(128|256)E", 2, 255, ("HMMA.1688.F32.TF32",), stack=104),
+    Kernel(r"chunk_fwd.*Sm90.*ELi256ELi1E", 4, 255, ("HGMMA.64x64x16", "UTMALDG.4D"), HOPPER),
+    Kernel(r"bwd_states.*Sm80.*f16ELi(64|128)E", 4, 168, ("HMMA.16816.F32", "STG.E.128")),
+    Kernel(r"bwd_states.*Sm80.*f16ELi256E", 2, 255, ("HMMA.16816.F32", "STG.E.128")),
+    Kernel(r"bwd_states.*Sm80.*IfLi64E", 1, 168, ("HMMA.1688.F32.TF32", "STG.E.128")),
+    Kernel(r"bwd_states.*Sm80.*IfLi128E", 1, 232, ("HMMA.1688.F32.TF32", "STG.E.128")),
+    Kernel(r"bwd_states.*Sm80.*IfLi256E", 1, 255, ("HMMA.1688.F32.TF32", "STG.E.128")),
     Kernel(r"bwd_states.*Sm90.*Li(64|128)E", 4, 168, ("HGMMA.64x64x16", "STSM.16.M88.4"), HOPPER),
     Kernel(r"bwd_states.*Sm90.*Li256E", 2, 255, ("HGMMA.64x64x16", "UTMALDG.4D"), HOPPER),
     Kernel(r"chunk_scan.*Li\d+ELi2E", 4, 136, ("HMMA.1688.F32.TF32", "LDS.128", "LDGSTS.E.BYPASS")),

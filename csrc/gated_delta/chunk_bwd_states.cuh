@@ -11,11 +11,11 @@
 // memory:
 //   X = dS^T K^T;  Y = dO^T P;  W = (del o X + Y)^T T';  dS^T += a Q + b K   (64 x C x K)
 // with dO^T loaded transposed and beta in del and in P. Y, and Q's part of the new state, run
-// behind the products that the chain waits for, and so do the stores of dS and dV, which go through
-// the tile of dO, as whole vectors. The preparing warpgroup, a chunk ahead: requests tiles (TMA by
-// one thread, or cp.async by all), gates and their running sums (from memory a chunk before) and
-// norms of q and k while it multiplies for P. Norms go into the factors by tokens, so that tiles
-// hold q and k as given.
+// behind the products that the chain waits for, and so do the stores of dS and dV (on mma.sync not
+// dV's), which go through the tile of dO, as whole vectors. The preparing warpgroup, a chunk ahead:
+// requests tiles (TMA by one thread, or cp.async by all), gates and their running sums (from memory
+// a chunk before) and norms of q and k while it multiplies for P. Norms go into the factors by
+// tokens, so that tiles hold q and k as given.
 // Shared memory a stage: q, k, T' (16-bit: two summands), P, dO; K = V = 128: 72 KB, up to 3
 // stages; K = 256, V tile of 64: 96 KB, 1 or 2.
 // Registers: K / 2 for dS^T, K / 4 for its operand, 5 C / 4 for X, Y and dO: at most 168 a thread
@@ -158,13 +158,15 @@ __device__ inline void output_gradients(const C& c, int stage, int group, int ch
   constexpr int kC = C::kC;
   // with registers for it all of K at once, and dO^T P behind the other product
   constexpr bool kBeside = M::kAsync && C::kK <= 128;
-  constexpr int kSlice = C::kK > 128 ? 64 : C::kK;
+  constexpr int kSlice = sizeof(E) == 4 ? 32 : C::kK > 128 ? 64 : C::kK;
+  const int Kp = c.walk().padded_k;
   const auto tiles = c.stage(stage);
   const auto& f = c.factors(stage);
   Accumulator<kC> X, Y;
   clear<kC>(X), clear<kC>(Y);
 #pragma unroll
   for (int k = 0; k < C::kK; k += kSlice) {
+    if (sizeof(E) == 4 && k >= Kp) break;  // the branch of add_product
     Fragment<E, kSlice> part;
     to_fragment(reinterpret_cast<float(&)[kSlice / 8][4]>(dS[k / 8]), part);
     M::begin(X, Y, dO, part);
@@ -175,7 +177,6 @@ __device__ inline void output_gradients(const C& c, int stage, int group, int ch
       M::commit();
     }
     if (!c.p.summary) {
-      const int Kp = c.walk().padded_k;
       E* const to = c.kept(c.p.dstates, chunk) + (c.walk().v0 + 64 * group) * Kp + k;
       store_state_rows(part, tiles.d_o(group), to, Kp, Kp - k);
     }
@@ -192,8 +193,9 @@ __device__ inline void output_gradients(const C& c, int stage, int group, int ch
     for (int n = 0; n < kC / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) X[n][i] += Y[n][i];
+  } else if constexpr (sizeof(E) == 4) {  // dO from its tile, for the same reason
+    M::template mma<kC, kC>(X, tiles.d_o(group).along_mn(), tiles.P.along_mn());
   } else {
-    if constexpr (sizeof(E) == 4) load_fragment<kC>(dO, tiles.d_o(group).along_mn());
     M::begin(X, dO);
     M::template mma<kC, kC>(X, dO, tiles.P.along_mn());
     M::commit();
@@ -202,19 +204,43 @@ __device__ inline void output_gradients(const C& c, int stage, int group, int ch
   to_fragment(X, dU);
 }
 
-// dS += a b. Without wgmma in parts of 64 columns, so that not too much of b is loaded ahead.
+// dS <- decay dS + a b, of whose columns the first `cols` are not all zeros; with wgmma decay is 1,
+// as dS may be part of another product. Without wgmma in parts, so that not too much of b is loaded
+// ahead. With floats, each of which takes two registers and every tile of a step a sum of its own,
+// only a branch before each part keeps the compiler from that.
 template <class M, class E, int kC, int kN>
 __device__ inline void add_product(float (&dS)[kN][4], const Fragment<E, kC>& a,
-                                   Operand<E, Major::mn> b) {
+                                   Operand<E, Major::mn> b, int cols, float decay = 1) {
   if constexpr (M::kAsync) {
     M::template mma<8 * kN, kC>(dS, a, b);
   } else {
+    constexpr int kPart = sizeof(E) == 2 ? 64 : 16;
 #pragma unroll
-    for (int n = 0; n < kN; n += 8) {
-      M::template mma<64, kC>(reinterpret_cast<float(&)[8][4]>(dS[n]), a, b.from(0, 8 * n));
+    for (int n = 0; n < 8 * kN; n += kPart) {
+      if (sizeof(E) == 4 && n >= cols) break;
+      auto& part = reinterpret_cast<float(&)[kPart / 8][4]>(dS[n / 8]);
+      scale_all(part, decay);
+      M::template mma<kPart, kC>(part, a, b.from(0, n));
       __syncwarp();
     }
   }
+}
+
+// dV of one V tile, through the tile of dO.
+template <class M, class C>
+__device__ inline void store_values(const C& c, const typename C::Values& tile, int group,
+                                    int chunk, const Accumulator<C::kC>& dV) {
+  if (c.p.summary) return;
+  using E = typename C::E;
+  __syncwarp();
+  store_transposed<C::kC>(dV, tile, 0);
+  __syncwarp();
+  const ChunkShape& s = c.p.in.shape;
+  const int v0 = c.walk().v0 + 64 * group;
+  const int64_t token = c.walk().sequence.batch * s.T + c.first(chunk);
+  store_output(tile, 0, static_cast<E*>(c.p.dv) + (token * s.HV + c.walk().head) * s.V + v0,
+               s.HV * s.V, c.rows(chunk), int(s.V) - v0, s.V % (16 / int(sizeof(E))) == 0,
+               [] { M::stores_visible(); });
 }
 
 // One chunk of one V tile: dS of the state that leaves becomes that of the state that entered.
@@ -224,7 +250,8 @@ template <class M, class C>
 __device__ inline void step_back(const C& c, int stage, int group, int chunk,
                                  float (&dS)[C::kK / 8][4]) {
   using E = typename C::E;
-  constexpr int kC = C::kC, kK = C::kK;
+  constexpr int kC = C::kC;
+  const int Kp = c.walk().padded_k;
   const auto tiles = c.stage(stage);
   const auto& f = c.factors(stage);
   Fragment<E, kC> a, dO;
@@ -238,33 +265,25 @@ __device__ inline void step_back(const C& c, int stage, int group, int chunk,
     M::template mma<kC, kC>(dW, a, tiles.inverse[part].along_mn());
   M::commit();
 
-  scale_tokens(dO, f.q);
-#pragma unroll
-  for (int n = 0; n < kK / 8; ++n)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) dS[n][i] *= f.decay;
-  M::begin(dS, dO);
-  add_product<M>(dS, dO, tiles.q.along_mn());
-  M::commit();
-  const TokenFactors<kC> by_w(f.w);
-  M::template wait<1>(dW, a);
-
-  to_fragment(dW, by_w, a);
-  M::begin(a);
-  add_product<M>(dS, a, tiles.k.along_mn());
-  M::commit();
-  if (!c.p.summary) {
-    __syncwarp();
-    store_transposed<kC>(dW, tiles.d_o(group), 0);
-    __syncwarp();
-    const ChunkShape& s = c.p.in.shape;
-    const int v0 = c.walk().v0 + 64 * group;
-    const int64_t token = c.walk().sequence.batch * s.T + c.first(chunk);
-    store_output(tiles.d_o(group), 0,
-                 static_cast<E*>(c.p.dv) + (token * s.HV + c.walk().head) * s.V + v0, s.HV * s.V,
-                 c.rows(chunk), int(s.V) - v0, s.V % (16 / int(sizeof(E))) == 0,
-                 [] { M::stores_visible(); });
+  if constexpr (!M::kAsync) {  // the products that follow need its registers
+    if constexpr (sizeof(E) == 4) load_fragment<kC>(dO, tiles.d_o(group).along_mn());
+    to_fragment(dW, TokenFactors<kC>(f.w), a);
+    store_values<M>(c, tiles.d_o(group), group, chunk, dW);
   }
+  scale_tokens(dO, f.q);
+  if constexpr (M::kAsync) scale_all(dS, f.decay);
+  M::begin(dS, dO);
+  add_product<M>(dS, dO, tiles.q.along_mn(), Kp, M::kAsync ? 1 : f.decay);
+  M::commit();
+  if constexpr (M::kAsync) {
+    const TokenFactors<kC> by_w(f.w);
+    M::template wait<1>(dW, a);
+    to_fragment(dW, by_w, a);
+  }
+  M::begin(a);
+  add_product<M>(dS, a, tiles.k.along_mn(), Kp);
+  M::commit();
+  if constexpr (M::kAsync) store_values<M>(c, tiles.d_o(group), group, chunk, dW);
   M::template wait<0>(dS, a, dO);
 }
 
@@ -301,7 +320,10 @@ __device__ inline void prepare(const C& c, int stage, int chunk, StatesTokens<C>
   clear<kC>(P);
   if (thread / 32 * 16 < kC) {
     M::begin(P);
-    M::template mma<kC, C::kK>(P, tiles.q.along_k(), tiles.k.along_k());
+    constexpr int kSlice = sizeof(typename C::E) == 4 ? 32 : C::kK;
+#pragma unroll 1
+    for (int k = 0; k < C::kK; k += kSlice)
+      M::template mma<kC, kSlice>(P, tiles.q.along_k().from(0, k), tiles.k.along_k().from(0, k));
     M::commit();
   }
   if (thread < 32) {
@@ -419,7 +441,7 @@ __device__ inline void walk_back(const C& c, int group) {
     mbarrier_wait(c.ready(ring.stage), ring.phase);
     step_back<M>(c, ring.stage, C::kMaxGroups == 1 ? 0 : anew(group), chunk, dS);
     __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(c.empty(ring.stage));
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(c.empty(anew(ring.stage)));  // its address, too
     ring.next();
   }
   const int v0 = c.walk().v0 + 64 * group;

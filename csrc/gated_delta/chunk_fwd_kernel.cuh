@@ -68,9 +68,10 @@ struct Ahead {
       load_rows_tma(values, 0, maps.v, value, barrier);
 #endif
     } else {
-      load_rows<128>(Half{keys, 0}, p.in.k, key, p.vectors, threadIdx.x);
-      if (p.o) load_rows<128>(Half{keys, kC}, p.in.q, key, p.vectors, threadIdx.x);
-      load_rows<128>(values, p.in.v, value, p.vectors, threadIdx.x);
+      const int thread = thread_anew();
+      load_rows<128>(Half{keys, 0}, p.in.k, key, p.vectors, thread);
+      if (p.o) load_rows<128>(Half{keys, kC}, p.in.q, key, p.vectors, thread);
+      load_rows<128>(values, p.in.v, value, p.vectors, thread);
       if constexpr (F::kGiven) {
         using E = typename F::E;
         const E* const from = static_cast<const E*>(p.inverse.data) +
@@ -78,7 +79,7 @@ struct Ahead {
 #pragma unroll
         for (int part = 0; part < F::Work::kParts; ++part)
           load_tile<true, 128>(typename F::Square{shared.inverse(c) + part * F::Square::kBytes},
-                               from + part * kC * kC, kC, kC, kC, threadIdx.x);
+                               from + part * kC * kC, kC, kC, kC, thread);
       }
       cp_async_commit();
     }

@@ -13,13 +13,6 @@ __device__ inline void scale_columns(float (&c)[kN][4], const float* factor) {
     c[n][0] *= f.x, c[n][1] *= f.y, c[n][2] *= f.x, c[n][3] *= f.y;
   }
 }
-template <int kN>
-__device__ inline void scale_all(float (&c)[kN][4], float factor) {
-#pragma unroll
-  for (int n = 0; n < kN; ++n)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) c[n][i] *= factor;
-}
 
 // r_ij <- v_ij - factor_j r_ij
 template <class E, int kC>
@@ -88,6 +81,7 @@ struct StateGroup {
   // One after the other: columns that are operand A at once, columns of a triangular product.
   static constexpr int kStep = F::kAsync ? 32 : sizeof(E) == 2 ? 16 : 8;
   static constexpr int kTokens = F::kAsync ? kC : 32;
+  static constexpr int kPart = sizeof(E) == 4 ? 16 : kK;  // columns of K between two branches
   static constexpr bool kPairT = F::Work::kParts == 2, kPairP = F::kAttention == 2;
   using Step = Factor<E, kStep, F::kHigh>;
   using Whole = Factor<E, kC, F::kHigh>;
@@ -157,7 +151,17 @@ struct StateGroup {
   }
 
   __device__ void load_values(int c, Fragment<E, kC>& v) const {
-    load_fragment<kC>(v, shared.values(c).along_mn().from(0, 64 * group()));
+    if constexpr (sizeof(E) == 2) {
+      load_fragment<kC>(v, shared.values(c).along_mn().from(0, 64 * group()));
+    } else {  // the same, with addresses that are not kept from chunk to chunk
+      const int thread = thread_anew(), token = thread % 4 * 2;
+      const int col = 64 * group() + thread % 128 / 32 * 16 + thread % 32 / 4;
+#pragma unroll
+      for (int k = 0; k < kC / 8; ++k)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          v.r[k][i] = sm80::load_one(shared.values(c).at(8 * k + token + i % 2, col + i / 2 * 8));
+    }
   }
 
   // S^T as it enters the chunk.
@@ -214,11 +218,19 @@ struct StateGroup {
     if (p.o) write<kC>(c, 0, y);
   }
 
+  // Whether K ends before column k, asked before each part of floats, which are two registers each
+  // in a product, and a sum more for each tile of a step: where no branch keeps it from that, ptxas
+  // begins more steps at once than there are registers for.
+  __device__ bool ends_before(int k) const {
+    return sizeof(E) == 4 && k % kPart == 0 && k >= int(p.in.shape.K);
+  }
+
   // x = S^T b^T for the rows of k, or, second, of q.
   __device__ void read(int c, int pass, float (&x)[kC / 8][4]) {
     clear<kC>(x);
 #pragma unroll
     for (int k = 0; k < kK; k += kStep) {
+      if (ends_before(k)) break;
       Fragment<E, kStep> s;
       to_fragment<E, kStep>(columns<kStep>(S, k), s);
       Arch::begin(x, s);
@@ -250,13 +262,14 @@ struct StateGroup {
   // The chunk with one product after the other. R and Y are passes of one loop: otherwise the
   // compiler keeps the rounded S of the first for the second, in registers that there are not.
   __device__ void in_turn(int c) {
-    const auto& tokens = shared.tokens(c);
     float u[kC / 8][4];
     clear<kC>(u);
 #pragma unroll 1
     for (int pass = 0; pass < (p.o ? 2 : 1); ++pass) {
       float x[kC / 8][4];
       read(c, pass, x);
+      c = anew(c);  // addresses of this pass alone
+      const auto& tokens = shared.tokens(c);
       if (pass == 0) {
         Fragment<E, kC> v;
         load_values(c, v);
@@ -269,15 +282,22 @@ struct StateGroup {
         write<kC>(c, 0, x);
       }
     }
+    const auto& tokens = shared.tokens(c);
     scale_columns(u, tokens.del);
-    scale_all(S, tokens.chunk_decay);
+    const float decay = tokens.chunk_decay;
 #pragma unroll
     for (int j = 0; j < kC; j += kStep) {
       Step s;
       s.set(columns<kStep>(u, j));
-      Arch::begin(S), s.template begin<Arch>();
       const auto rows = shared.keys(c).along_mn().from(j, 0);
-      s.template multiply<Arch, kK, false>(S, rows, rows);
+#pragma unroll
+      for (int k = 0; k < kK; k += kPart) {
+        if (ends_before(k)) break;
+        auto& part = columns<kPart>(S, k);
+        if (j == 0) scale_all(part, decay);
+        Arch::begin(part), s.template begin<Arch>();
+        s.template multiply<Arch, kPart, false>(part, rows.from(0, k), rows.from(0, k));
+      }
       Arch::commit();
       Arch::template wait<0>(S), s.template finished<Arch>();
     }

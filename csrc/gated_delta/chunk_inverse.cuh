@@ -183,7 +183,7 @@ __device__ inline void clear_upper(const T& high, const T& low, int thread) {
 // meanwhile. No barrier follows.
 template <class E, class Aside>
 __device__ inline void invert_square(const Tile<float, 64, 64>& a, int barrier, Aside& aside) {
-  const int warp = threadIdx.x % 128 / 32;
+  const int warp = thread_anew() % 128 / 32;
   __syncwarp();
   invert_diagonal<16>(a, warp);
   named_barrier_sync(barrier, 128);

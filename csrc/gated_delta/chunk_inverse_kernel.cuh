@@ -9,7 +9,7 @@
 //   blocks of 16 by substitution, joined in pairs by 3xTF32 (chunk_inverse.cuh), rounded in place
 //   and copied out; warp 3 makes the next head's table
 // Shared memory: k 128 K bytes, A 16 KB, two tables of tokens 4 KB: 36 KB for K = 128. Registers:
-// at most 96 (K > 128: 168): 32 of A, 40 of the blocks.
+// at most 96 (K > 128: 120): 32 of A, 40 of the blocks.
 // Bytes: 128 K a slot and q/k head in, 16 KB a slot and value head out. FLOPs: 1.3 M a value head.
 // Bound by latency and the bytes that leave.
 #pragma once
@@ -73,6 +73,7 @@ struct InverseCta {
 
   __device__ void store(int head) const {
     barrier();
+    const int thread = thread_anew();
     E* const to =
         static_cast<E*>(p.inverse.data) + tables.slot * p.inverse.slot + head * p.inverse.head;
 #pragma unroll
@@ -80,7 +81,7 @@ struct InverseCta {
       const Tile<E, kC, kC> tile{a.base + part * Tile<E, kC, kC>::kBytes};
 #pragma unroll
       for (int i = 0; i < kC * 8 / kThreads; ++i) {
-        const int unit = i * kThreads + int(threadIdx.x);
+        const int unit = i * kThreads + thread;
         __stcg(reinterpret_cast<float4*>(to + part * kC * kC) + unit,
                load_shared4(tile.at(unit / 8, unit % 8 * 8)));
       }

@@ -166,7 +166,7 @@ struct Squares {
   // Sums of 32 columns of K at a time: what all elements of KK^T have in common of an error, as
   // with equal keys, T' makes a hundred times larger.
   __device__ static void multiply_by_parts(const Keys& keys, float (&both)[kC / 8][4]) {
-#pragma unroll
+#pragma unroll 1
     for (int k = 0; k < kK; k += 32) {
       float part[kC / 8][4];
       clear<kC>(part);

@@ -22,6 +22,14 @@ __device__ inline void each_element(const ChunkShape& shape, bool v_first, int v
          v + i / 2 * 8 < V && k + 8 * n + i % 2 < K, c[n][i]);
 }
 
+template <int kN>
+__device__ inline void scale_all(float (&c)[kN][4], float factor) {
+#pragma unroll
+  for (int n = 0; n < kN; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[n][i] *= factor;
+}
+
 // Null: zeros.
 template <int kN>
 __device__ inline void load_state(const float* from, bool v_first, const ChunkShape& shape, int v0,

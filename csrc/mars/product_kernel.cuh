@@ -4,7 +4,8 @@
 // columns. K goes in steps of 64 through a ring of two slots of 32 KB (product_tile.cuh): while one
 // step is multiplied, the next is on its way, and the other CTA of the SM fills what is left. Where
 // rows do not start on multiples of 16 bytes, elements are loaded one by one and stored to the ring
-// by the threads. Shared memory 64 KB, at most 128 registers: two CTAs an SM.
+// by the threads. Shared memory 64 KB, at most 128 registers: two CTAs an SM. For these registers
+// the tile's place is in shared memory till the end.
 //
 // A tile and step: 2 * 128 * 128 * 64 FLOPs for 32 KB of loads, which mostly hit the L2 cache;
 // of a symmetric D t (t + 1) / 2 of t^2 tiles are computed. The end reads C once, and stores 32 KB,
@@ -82,7 +83,9 @@ __global__ void __launch_bounds__(kProductThreads, 2)
     product_kernel(const __grid_constant__ Product p) {
   extern __shared__ __align__(1024) unsigned char product_memory[];
   const uint32_t ring = shared_address(product_memory);
+  auto* const place = reinterpret_cast<ProductPlace*>(product_memory + 2 * kSlotBytes);
   const ProductPlace at = product_place<kSymmetric>(p);
+  if (threadIdx.x == 0) *place = at;
   const int steps = product_steps(p);
   BoxPair<E, true> left(p.left, at.matrix, at.row, 0);
   BoxPair<E, kSymmetric> right(p.right, at.matrix, kSymmetric ? at.col : 0,
@@ -113,12 +116,12 @@ __global__ void __launch_bounds__(kProductThreads, 2)
   }
   cp_async_wait<0>();
   __syncthreads();
-  product_finish<E, kSymmetric>(p, at, slot(steps), c);
+  product_finish<E, kSymmetric>(p, *place, slot(steps), c);
 }
 
 template <class E>
 void product_launch(const Product& p, void* stream) {
-  constexpr int kBytes = 2 * kSlotBytes;
+  constexpr int kBytes = 2 * kSlotBytes + int(sizeof(ProductPlace));
   const bool vectors = p.left.whole_vectors() && p.right.whole_vectors();
   const auto kernel =
       p.symmetric ? (vectors ? product_kernel<E, true, true> : product_kernel<E, true, false>)
