@@ -28,7 +28,6 @@ class Kernel(NamedTuple):
     registers: int  # at most
     contains: tuple
     archs: tuple = GENERAL  # HOPPER: of the files *_sm90.cu
-    stack: int = 0  # bytes of spilled registers, at most
 
 
 KERNELS = [
@@ -209,7 +208,7 @@ def matching(functions, kernel):
 def test_registers_and_no_stack(usage, kernel):
     for key, used in matching(usage, kernel).items():
         assert used["REG"] <= kernel.registers, key
-        assert used["STACK"] <= kernel.stack and used["LOCAL"] == 0, key
+        assert used["STACK"] == used["LOCAL"] == 0, key
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.name)
@@ -217,7 +216,7 @@ def test_instructions(code, kernel):
     for key, text in matching(code, kernel).items():
         for instruction in kernel.contains:
             assert instruction in text, (key, instruction)
-        for instruction in () if kernel.stack else FORBIDDEN:
+        for instruction in FORBIDDEN:
             assert not re.search(rf"\b{instruction}\b", text), (key, instruction)
 
 
