@@ -52,6 +52,14 @@ def test_two_tiles_of_V_a_block(emulated, dtype):
     compare(make(MANY_CHAINS, dtype))
 
 
+@pytest.mark.parametrize("chains, ctas", [(66, 132), (67, 67)])
+def test_ctas_of_one_tile_of_V_where_all_run_at_once(emulated, chains, ctas):
+    x = make(Case(B=chains, T=3, HV=1, K=16, V=128), BF16)
+    with emulated.profile() as launches:
+        gradients(x)
+    assert [at["grid"][0] for at in launches if "bwd_states" in at["kernel"]] == [ctas]
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("name", ["K128_V128", "packed"])
 def test_preactivations(emulated, name, dtype):
