@@ -1,12 +1,10 @@
 """Sequences over several processes with gloo against one process that holds them whole."""
 
-import socket
 import types
 from typing import NamedTuple
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.utils.checkpoint
 
 from deltafuse import _library
@@ -20,6 +18,7 @@ from deltafuse.gated_delta import (
 from deltafuse.integrations import fla
 from deltafuse.testing import assert_close
 from gated_delta_cases import FUSED, Case, exactly, limit_of, make, offsets
+from processes import free_port, in_processes, join
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
 TOKENS = ("q", "k", "v", "g", "beta")
@@ -133,14 +132,7 @@ def count_collectives():
     return counts
 
 
-def join(rank, port, world):
-    address = f"tcp://127.0.0.1:{port}"
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
-    torch.set_num_threads(1)
-
-
-def run_spans(rank, port, world, results):
-    join(rank, port, world)
+def run_spans(rank, world, results):
     counts = count_collectives()
     for name, spread in (TWO if world == 2 else THREE).items():
         for dtype_name, dtype in DTYPES.items():
@@ -148,17 +140,6 @@ def run_spans(rank, port, world, results):
             with _library.use(spread.backend):
                 results[name, dtype_name, rank] = run_span(spread, dtype, rank)
             results["collectives", name, dtype_name, rank] = list(counts)
-    torch.distributed.destroy_process_group()
-
-
-def in_processes(function, world):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(function, (port, world, results), nprocs=world)
-        return dict(results)
 
 
 @pytest.fixture(scope="module")
@@ -224,8 +205,7 @@ def layer_and_input(name):
     return layer.double(), x, d_o, None if lengths is None else offsets(lengths)
 
 
-def run_layers(rank, port, world, results):
-    join(rank, port, world)
+def run_layers(rank, world, results):
     for name, (_, bounds, _) in LAYERS.items():
         layer, x, d_o, cu_seqlens = layer_and_input(name)
         context = ContextParallel(cu_seqlens, bounds=bounds)
@@ -239,7 +219,6 @@ def run_layers(rank, port, world, results):
             inference = layer(x, cp_context=context)[0]
         grads = {n: p.grad.numpy() for n, p in layer.named_parameters()}
         results[name, rank] = o.detach().numpy(), x.grad.numpy(), grads, inference.numpy()
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -265,10 +244,7 @@ def test_layer_over_ranks(layers, name):
 @pytest.fixture
 def alone():
     """A group of this process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    join(0, port, 1)
+    join(0, free_port(), 1)
     yield
     torch.distributed.destroy_process_group()
 

@@ -1,16 +1,14 @@
 """MARS on DTensor parameters: two processes with gloo against one process with whole tensors."""
 
-import socket
-
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from deltafuse import MARS
+from processes import in_processes
 from test_mars import LIMIT, LR, gradients, parameters
 
 pytestmark = [
@@ -32,20 +30,13 @@ OPTIONS = {
 COLLECTIVES = {"no clip": 0, "matrices": None, "matrices by decomposition": None}
 
 
-def join_group(rank, port):
-    address = f"tcp://127.0.0.1:{port}"
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    return torch.distributed.init_device_mesh("cpu", (2,))
-
-
 def sharded(tensor, mesh):
     return distribute_tensor(tensor, mesh, [Shard(0)])
 
 
-def run_options(rank, port, results):
+def run_options(rank, world, results):
     """Three steps with each set of options; results: whole parameters, collectives of a step."""
-    mesh = join_group(rank, port)
+    mesh = torch.distributed.init_device_mesh("cpu", (world,))
     for name, options in OPTIONS.items():
         params = [torch.nn.Parameter(sharded(p.detach(), mesh)) for p in parameters(shapes=SHAPES)]
         optimizer = MARS(params, lr=LR, **options)
@@ -57,22 +48,11 @@ def run_options(rank, port, results):
         whole = [p.full_tensor().detach() for p in params]
         if rank == 0:
             results[name] = [p.numpy() for p in whole], collectives.get_total_counts()
-    torch.distributed.destroy_process_group()
-
-
-def in_two_processes(function):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(function, (port, results), nprocs=2)
-        return dict(results)
 
 
 @pytest.fixture(scope="module")
 def results():
-    return in_two_processes(run_options)
+    return in_processes(run_options)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -93,9 +73,9 @@ def test_shards_take_the_step_of_the_whole(results, name):
     assert expected is None or collectives == expected
 
 
-def train_fsdp(rank, port, results):
+def train_fsdp(rank, world, results):
     """A small model under FSDP2, its state saved and loaded in between."""
-    mesh = join_group(rank, port)
+    mesh = torch.distributed.init_device_mesh("cpu", (world,))
     model, batches = model_and_batches()
     for layer in model:
         fully_shard(layer, mesh=mesh)
@@ -112,7 +92,6 @@ def train_fsdp(rank, port, results):
     whole = [p.full_tensor().detach() for p in model.parameters()]
     if rank == 0:
         results["params"] = [p.numpy() for p in whole]
-    torch.distributed.destroy_process_group()
 
 
 def model_and_batches():
@@ -128,29 +107,27 @@ def test_fully_sharded_model_learns_as_a_whole_one():
         optimizer.zero_grad()
         torch.nn.functional.mse_loss(model(x), y).backward()
         optimizer.step()
-    found = in_two_processes(train_fsdp)["params"]
+    found = in_processes(train_fsdp)["params"]
     for p, q in zip(model.parameters(), found, strict=True):
         torch.testing.assert_close(p.detach(), torch.from_numpy(q), rtol=0, atol=1e-5)
 
 
-def refuse_partial(rank, port, results):
-    mesh = join_group(rank, port)
+def refuse_partial(rank, world, results):
+    mesh = torch.distributed.init_device_mesh("cpu", (world,))
     partial = DTensor.from_local(torch.ones(3, 2), mesh, [Partial()])
     try:
         MARS([torch.nn.Parameter(partial)])
     except ValueError as error:
         results[rank] = str(error)
-    torch.distributed.destroy_process_group()
 
 
 def test_partial_placements_are_refused():
-    messages = in_two_processes(refuse_partial)
+    messages = in_processes(refuse_partial)
     assert len(messages) == 2 and all("params[0] is a DTensor" in m for m in messages.values())
 
 
-def run_zero(rank, port, results):
+def run_zero(rank, world, results):
     """Each process owns the state of half of the parameters (ZeroRedundancyOptimizer)."""
-    join_group(rank, port)
     params = parameters(shapes=SHAPES)
     optimizer = ZeroRedundancyOptimizer(params, optimizer_class=MARS, lr=LR)
     for step in range(3):
@@ -160,7 +137,6 @@ def run_zero(rank, port, results):
     if rank == 0:
         results["params"] = [p.detach().numpy() for p in params]
         results["owned"] = len(optimizer.optim.state)
-    torch.distributed.destroy_process_group()
 
 
 def test_zero_redundancy_optimizer():
@@ -170,7 +146,7 @@ def test_zero_redundancy_optimizer():
         for p, g in zip(params, gradients(params, step), strict=True):
             p.grad = g
         optimizer.step()
-    found = in_two_processes(run_zero)
+    found = in_processes(run_zero)
     assert 0 < found["owned"] < len(params)
     for p, q in zip(params, found["params"], strict=True):
         assert torch.equal(p.detach(), torch.from_numpy(q))
